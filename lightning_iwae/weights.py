@@ -1,0 +1,32 @@
+"""Importance weights in log space: normalised weights, log-mean-exp, effective sample size.
+
+Everything here is a pure function of log-weights in nats, exact for values of +-1e4 and with some at -inf.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def normalised(log_w: Tensor, dim: int = 1) -> Tensor:
+    """Self-normalised weights w~ = w / sum(w) along `dim`; same shape as `log_w`.
+
+    Where every weight is zero (all -inf) none is preferred and the result is uniform, so that with a single
+    particle the weight is 1 whatever its value, as the ELBO's is.
+    """
+    nothing = log_w.amax(dim, keepdim=True) == -math.inf
+    return torch.softmax(log_w.masked_fill(nothing, 0.0), dim)
+
+
+def log_mean_exp(log_w: Tensor, dim: int = 1) -> Tensor:
+    """log (1/K) sum_k w_k along `dim`, which is removed. Nats."""
+    return torch.logsumexp(log_w, dim) - math.log(log_w.shape[dim])
+
+
+def ess(log_w: Tensor, dim: int = 1) -> Tensor:
+    """Kish's effective sample size (sum w)^2 / sum w^2 along `dim`, between 1 and K.
+
+    Biased upwards at finite K (at K = 1 it is always 1): compare at equal K only.
+    """
+    return 1.0 / normalised(log_w, dim).square().sum(dim)
