@@ -1,0 +1,75 @@
+"""The one-layer network of Burda et al. (arXiv 1509.00519) and Rainforth et al. (arXiv 1802.04537, section 6)."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal
+
+from .base import full_precision
+
+
+class MLP(nn.Module):
+    """Gaussian q(z | x) and Bernoulli p(x | z), both out of tanh layers, under a standard normal prior.
+
+    With pixels=784, latent=50, hidden=[200, 200] it is the papers' network, of 425,284 parameters. Weights are
+    Glorot-uniform and biases 0, but for the output's: see `set_data_mean`.
+
+    Args:
+        pixels: X, the length of a datum.
+        latent: Z, the length of z.
+        hidden: widths of the encoder's tanh layers; the decoder's are the same in reverse.
+    """
+
+    def __init__(self, pixels: int = 784, latent: int = 50, hidden: Sequence[int] = (200, 200)) -> None:
+        super().__init__()
+        self.pixels = pixels
+        self.inference = tanh_layers([pixels, *hidden, 2 * latent])
+        self.generative = tanh_layers([latent, *reversed(hidden), pixels])
+        self.register_buffer("origin", torch.zeros(latent), persistent=False)
+
+    def prior(self) -> Distribution:
+        """N(0, I)."""
+        return Independent(Normal(self.origin, torch.ones_like(self.origin), validate_args=False), 1)
+
+    def posterior(self, x: Tensor) -> Distribution:
+        """N(m(x), diag s(x)^2), log s linear in the last hidden layer."""
+        mean, log_scale = full_precision(self.inference(x)).chunk(2, -1)
+        return Independent(Normal(mean, log_scale.exp(), validate_args=False), 1)
+
+    def likelihood(self, z: Tensor) -> Distribution:
+        """A Bernoulli per pixel."""
+        return BernoulliPixels(full_precision(self.generative(z)))
+
+    @torch.no_grad()
+    def set_data_mean(self, mean: Tensor) -> None:
+        """Set the output bias to the log-odds of the training pixels' mean (X,), clipped to [0.001, 0.999]."""
+        if mean.shape != (self.pixels,):
+            raise ValueError(f"network.pixels is {self.pixels}, but data have shape {tuple(mean.shape)}.")
+        self.generative[-1].bias.copy_(torch.logit(mean.clamp(0.001, 0.999)))
+
+
+def tanh_layers(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers of these widths with tanh between them, Glorot-uniform weights and zero biases."""
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(widths):
+        linear = nn.Linear(width_in, width_out)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class BernoulliPixels(Independent):
+    """A Bernoulli per pixel from logits (..., X), with a faster log_prob than torch's, for x anywhere in [0, 1]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
+        self.logits = logits
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """sum x * logit + log(1 - p) over pixels, shape (...,). Nats."""
+        softplus = F.softplus(self.logits, threshold=40.0)  # above it softplus(l) = l, to the last bit
+        return torch.einsum("...x,...x->...", value, self.logits) - softplus.sum(-1)

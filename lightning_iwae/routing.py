@@ -1,0 +1,231 @@
+"""One forward pass, one backward pass of one scalar, and two gradients that do not touch each other.
+
+    loss = iw_loss(model, x, samples=64, theta=Side("iwae", 64), phi=Side("iwae", 8))
+    loss.backward()
+
+`draw` samples z ~ q_phi(z | x) once and evaluates log p and log q on z with the graph cut at z, so that the three
+channels of `estimators` lie apart: path (through z), score (through log q at fixed z) and theta (through log p at
+fixed z). `loss` weighs each and hands autograd one scalar, which DDP, gradient accumulation and the like treat as
+they treat any other.
+
+theta needs weights of its own in the pass that also carries d log p / dz. `separate` is the plain way, right for
+every decoder: two passes back through it, one for theta and one for z. `together` is one pass for both, seeded with
+ones, in which theta's weights act inside the layers (see `weighing`); it costs what a plain IWAE step costs. `draw`
+proves it equal to `separate` on the first batch of every shape, and does without it where it is not.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.autograd.function import once_differentiable
+from torch.distributions import Distribution
+
+from . import bounds
+from .estimators import Side
+from .models.base import check_model
+from .weighing import Weighing, weighed
+
+Method = Literal["auto", "separate"]
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+def iw_loss(
+    model: Any, x: Tensor, *, samples: int, theta: Side, phi: Side, method: Method = "auto"
+) -> Tensor:
+    """Minus theta's bound in nats, averaged over the batch, with each side's own estimator as its gradient.
+
+    Args:
+        model: follows `models.base.Model`.
+        x: batch (B, ...).
+        samples: S, drawn per datum and shared by both sides; each views them as (S / K, K, B) with its own K.
+        theta, phi: estimator and particles of the generative and of the inference network.
+        method: see `draw`.
+
+    Returns: scalar, to be minimised. Its value is -bounds.miwae of theta's view. phi's gradient does not depend on
+        `theta`, nor theta's on `phi`.
+    """
+    theta.check("theta", samples)
+    phi.check("phi", samples)
+    return loss(draw(model, x, samples, method), theta, phi)
+
+
+@dataclass
+class Draw:
+    """Samples of one batch and their log-weights, with the graphs that the channels need. Made by `draw`."""
+
+    z: Tensor  # (S, B, ...), reparameterised: a function of phi
+    z_held: Tensor  # the same values as a leaf, on which the next two were evaluated
+    log_q: Tensor  # (S, B), a function of phi and z_held
+    log_p: Tensor  # (S, B), log p(z) + log p(x | z), a function of theta and z_held
+    theta: list[nn.Parameter]
+    inside: set[nn.Parameter]  # those of theta that `together` weighs inside their layers
+    weighing: Weighing
+
+    @property
+    def log_w(self) -> Tensor:
+        """Log-weights log p(x, z) - log q(z | x), shape (S, B), detached. Nats."""
+        return (self.log_p - self.log_q).detach()
+
+
+def loss(drawn: Draw, theta: Side, phi: Side) -> Tensor:
+    """`iw_loss` from samples already drawn; callable again, with other estimators, on the same draw."""
+    log_w = drawn.log_w
+    a = theta.theta(log_w)
+    c, s = phi.phi(log_w)
+    way = together if drawn.inside else separate
+    theta_grads, path = way(drawn, a, c)
+    (log_q_path,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True)
+    ascent = [path - _over(c, log_q_path), s, *theta_grads]
+    value = bounds.miwae(theta.view(log_w)).mean()
+    return _Loss.apply(-value, [-g / log_w.shape[1] for g in ascent], drawn.z, drawn.log_q, *drawn.theta)
+
+
+class _Loss(torch.autograd.Function):
+    """A scalar `value` whose gradient with respect to each of `tensors` is the one given."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(seed * g for g in ctx.gradients)
+
+
+def separate(drawn: Draw, a: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor]:
+    """sum a * d log p / d theta for each parameter, and c * d log p / dz (S, B, ...): the reference."""
+    with drawn.weighing.backward(drawn.theta, None):
+        theta = grad(drawn.log_p, drawn.theta, a, retain_graph=True) if drawn.theta else ()
+    (z,) = grad(drawn.log_p, drawn.z_held, c, retain_graph=True)
+    return list(theta), z
+
+
+def together(drawn: Draw, a: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The same as `separate`, in one pass for z and for all parameters that are weighed inside their layers.
+
+    The others (an observation scale, a learnt prior, layers of other kinds) take a pass of their own, which goes no
+    further back than they lie.
+    """
+    inside = [p for p in drawn.theta if p in drawn.inside]
+    outside = [p for p in drawn.theta if p not in drawn.inside]
+    grads: dict[nn.Parameter, Tensor] = {}
+    if outside:
+        with drawn.weighing.backward(outside, None):
+            grads.update(zip(outside, grad(drawn.log_p, outside, a, retain_graph=True), strict=True))
+    with drawn.weighing.backward(inside, a):
+        z, *weighed_grads = grad(drawn.log_p, [drawn.z_held, *inside], torch.ones_like(a), retain_graph=True)
+    grads.update(zip(inside, weighed_grads, strict=True))
+    return [grads[p] for p in drawn.theta], _over(c, z)
+
+
+def _over(weights: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` (S, B, ...) with each sample's part multiplied by its weight (S, B)."""
+    return weights.reshape(weights.shape + (1,) * (gradient.ndim - weights.ndim)) * gradient
+
+
+# ------------------------------------------------------------------------------------------------ the draw
+def draw(model: Any, x: Tensor, samples: int, method: Method = "auto", q: Distribution | None = None) -> Draw:
+    """Sample z (S, B, ...) from the model's posterior of x (B, ...) and evaluate the log-weights (S, B) on it.
+
+    Args:
+        q: the posterior, if it is not to be model.posterior(x).
+        method: "auto" weighs theta inside the layers where that is proven equal; "separate" never does.
+
+    Raises:
+        ValueError: where a gradient can't be right: a distribution's log_prob that is not (S, B) in full precision,
+            samples that depend on each other (BatchNorm in training mode), generative parameters that log p(x, z)
+            does not reach, reentrant checkpointing, parameters shared by both networks.
+    """
+    _check_independence(model.generative)
+    theta = [p for p in model.generative.parameters() if p.requires_grad]
+    shape, device = (samples, len(x)), x.device.type
+    verdicts = _VERDICTS.setdefault(model.generative, {})
+    situation = (samples, tuple(x.shape), model.generative.training, torch.is_autocast_enabled(device))
+    if situation not in verdicts:
+        check_model(model)
+    trusted = method == "auto" and verdicts.get(situation, True)
+    weighing = Weighing(theta if trusted else [], shape)
+
+    q = model.posterior(x) if q is None else q
+    with torch.autocast(device, enabled=False):
+        z = q.rsample((samples,))
+        z_held = z.detach().requires_grad_()
+        log_q = _checked(q.log_prob(z_held), "posterior(x).log_prob(z)", shape)
+    with weighing:
+        p_x = model.likelihood(z_held)
+        with torch.autocast(device, enabled=False):
+            log_p = _checked(p_x.log_prob(x), "likelihood(z).log_prob(x)", shape)
+            log_p = log_p + _checked(model.prior().log_prob(z_held), "prior().log_prob(z)", shape)
+
+    drawn = Draw(z, z_held, log_q, log_p, theta, weighed(log_p, model.generative), weighing)
+    if method == "auto" and situation not in verdicts:
+        verdicts[situation] = _verify(drawn, model.generative)
+    if not verdicts.get(situation, True):
+        drawn.inside = set()
+    return drawn
+
+
+# Whether `together` equals `separate`, by generative network and situation (samples, shape of x, training mode, autocast).
+_VERDICTS: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+
+
+def _verify(drawn: Draw, generative: nn.Module) -> bool:
+    """Compare `together` with `separate` for random weights; warn and return False where theta's gradients differ.
+
+    Raises:
+        ValueError: if d log p / dz differs, which is so only if samples depend on each other.
+    """
+    source = torch.Generator().manual_seed(0)
+    a, c = torch.randn(2, *drawn.log_p.shape, generator=source, dtype=torch.float64).to(drawn.log_p)
+    theta, z = separate(drawn, a, c)
+    theta_together, z_together = together(drawn, a, c)
+    if _differ(z, z_together):
+        raise ValueError(
+            "log p(x, z) of one sample depends on other samples (as under a normalisation over the batch): then "
+            "particles are not independent and L_K is no bound."
+        )
+    names = {p: name for name, p in generative.named_parameters()}
+    wrong = [names[p] for p, g, h in zip(drawn.theta, theta, theta_together, strict=True) if _differ(g, h)]
+    if wrong:
+        warnings.warn(
+            f"The gradients of {', '.join(wrong)} can't be weighed inside their layers, whose rows seem not to be the "
+            "samples in order (S, B). Taking two backward passes through the generative network instead of one.",
+            stacklevel=4,
+        )
+    return not wrong
+
+
+def _differ(reference: Tensor, other: Tensor) -> bool:
+    low = torch.is_autocast_enabled(reference.device.type)
+    tolerance = 0.1 if low else {torch.float64: 1e-9}.get(reference.dtype, 1e-3)
+    return bool((reference - other).norm() > tolerance * reference.norm())
+
+
+def _check_independence(generative: nn.Module) -> None:
+    for name, module in generative.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"BatchNorm in training mode in the generative network ({name}): it makes particles depend on each "
+                "other, so that L_K is no bound. Use eval mode, or LayerNorm."
+            )
+
+
+def _checked(log_prob: Tensor, what: str, shape: tuple[int, int]) -> Tensor:
+    if log_prob.shape != shape:
+        raise ValueError(
+            f"{what} must have shape (samples, batch) = {shape}, event dimensions inside "
+            f"torch.distributions.Independent. Got {tuple(log_prob.shape)}."
+        )
+    if log_prob.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{what} must be float32 or float64, as log-weights lie hundreds of nats from 0: give the distribution "
+            f"`.float()` parameters. Got {log_prob.dtype}."
+        )
+    return log_prob

@@ -1,0 +1,170 @@
+"""theta's weights applied inside the layers, so that one backward pass serves both theta and z.
+
+A layer's parameter gradient is a sum over samples. `Weighing`, switched on around the generative network's forward
+pass, replaces linear layers and convolutions by Functions that, on the way back, pass on the plain
+gradient of the input but weigh each sample by `a` where the gradient of the parameters is summed. Parameters that
+are (also) used in any other way keep their ordinary gradient: `weighed` tells the two kinds apart by walking the
+graph, and `routing.together` treats each as it must.
+
+What the graph cannot show is whether a layer's rows are the samples in order; `routing.draw` settles that by
+comparing gradients.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+CONVOLUTIONS: tuple[Callable, ...] = (
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
+
+
+class Weighing(TorchFunctionMode):
+    """While active, linear layers and convolutions become ones whose parameter gradients can be weighed per sample.
+
+    Args:
+        theta: the parameters that may be weighed.
+        shape: (S, B), the leading axes of a sample-wise input; rows flattened to S * B are taken in that order.
+    """
+
+    def __init__(self, theta: Iterable[nn.Parameter], shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.theta = set(theta)
+        self.shape = shape
+        self.a: Tensor | None = None  # (S, B); None: not weighed
+        self.wanted: set[nn.Parameter] = set()
+
+    @contextmanager
+    def backward(self, wanted: Iterable[nn.Parameter], a: Tensor | None) -> Iterator[None]:
+        """For a pass that asks for the gradients of `wanted`, each sample weighed by `a`."""
+        self.wanted, self.a = set(wanted), a
+        try:
+            yield
+        finally:
+            self.wanted, self.a = set(), None
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """Sample-wise `rows`, each sample's part multiplied by its `a`."""
+        if self.a is None:
+            return rows
+        a = self.a if rows.shape[:2] == self.shape else self.a.flatten()
+        return rows * a.to(rows.dtype).reshape(a.shape + (1,) * (rows.ndim - a.ndim))
+
+    def _applies(self, func: Any, args: tuple, kwargs: dict) -> bool:
+        if not (func is F.linear or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _hooked():
+            return False
+        h, weight, bias = args[:3]
+        rows_are_samples = h.ndim > 1 and (h.shape[:2] == self.shape or h.shape[0] == self.shape[0] * self.shape[1])
+        return rows_are_samples and weight in self.theta and (bias is None or bias in self.theta)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._applies(func, args, kwargs):
+            return func(*args, **kwargs)
+        return _Linear.apply(self, *args) if func is F.linear else _Convolution.apply(self, func, args[3:], *args[:3])
+
+
+def _hooked() -> bool:
+    """Whether saved tensors are intercepted, as non-reentrant checkpointing does: it replays what it saw."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear. The input is weighed rather than the output's gradient: a decoder's last layer is its widest."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: Weighing, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.mode = mode
+        ctx.save_for_backward(h, weight, bias)
+        return F.linear(h, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        mode: Weighing = ctx.mode
+        h, weight, bias = ctx.saved_tensors
+        h_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[1]:
+            h_grad = delta @ weight.to(delta.dtype)
+        rows = delta.flatten(0, -2)
+        if weight in mode.wanted:
+            weight_grad = rows.T @ mode.weigh(h.to(delta.dtype)).flatten(0, -2)
+        if bias is not None and bias in mode.wanted:
+            bias_grad = mode.weigh(torch.ones_like(delta[..., :1])).flatten() @ rows
+        return None, h_grad, weight_grad, bias_grad
+
+
+class _Convolution(torch.autograd.Function):
+    """Any convolution, with a small graph of its own inside, from which the two kinds of gradient are taken apart."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: Weighing, func: Callable, rest: tuple, *tensors: Tensor | None) -> Tensor:
+        ctx.mode, ctx.parameters = mode, tensors[1:]
+        with torch.enable_grad():
+            ctx.inner = [None if t is None else t.detach().requires_grad_() for t in tensors]
+            ctx.out = func(*ctx.inner, *rest)
+        return ctx.out.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        mode: Weighing = ctx.mode
+        grads: list[Tensor | None] = [None, None, None]
+        if ctx.needs_input_grad[3]:
+            (grads[0],) = torch.autograd.grad(ctx.out, ctx.inner[0], delta, retain_graph=True)
+        asked = [i for i, p in enumerate(ctx.parameters, 1) if p is not None and p in mode.wanted]
+        if asked:
+            inner = [ctx.inner[i] for i in asked]
+            found = torch.autograd.grad(ctx.out, inner, mode.weigh(delta), retain_graph=True)
+            for i, g in zip(asked, found, strict=True):
+                grads[i] = g
+        return None, None, None, *grads
+
+
+def weighed(output: Tensor, module: nn.Module) -> set[nn.Parameter]:
+    """The parameters of `module` that `output` depends on only through weighed layers.
+
+    Raises:
+        ValueError: for a trainable parameter that `output` does not depend on at all, and for reentrant
+            checkpointing, through which no separate gradients can be taken.
+    """
+    names = {p: name for name, p in module.named_parameters() if p.requires_grad}
+    inside: set[nn.Parameter] = set()
+    outside: set[nn.Parameter] = set()
+    layers = (_Linear._backward_cls, _Convolution._backward_cls)  # type: ignore[attr-defined]
+    seen, stack = set(), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "The generative network uses reentrant checkpointing, which hides its parameters from "
+                "torch.autograd.grad. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        is_layer = isinstance(node, layers)
+        for slot, (following, _) in enumerate(node.next_functions):
+            parameter = getattr(following, "variable", None)
+            if parameter is not None and parameter in names:
+                (inside if is_layer and slot > 0 else outside).add(parameter)
+            else:
+                stack.append(following)
+    missing = [name for p, name in names.items() if p not in inside and p not in outside]
+    if missing:
+        raise ValueError(
+            f"log p(x, z) does not depend on the generative parameter(s) {', '.join(missing)}. If that is meant, "
+            "freeze them with requires_grad_(False); if not, look for no_grad or detach on the way."
+        )
+    return inside - outside
