@@ -1,0 +1,47 @@
+"""scikit-learn's 8x8 digits: small, and inside its wheel, so that nothing is downloaded."""
+
+import torch
+from torch import Tensor
+
+from lightning_iwae.data.base import ArrayData, Binarization, check_at_least
+from lightning_iwae.data.batches import generator_for
+
+
+class Digits(ArrayData):
+    """The 1,797 digits of 64 pixels from `sklearn.datasets.load_digits`; 0..16 there, 0..255 here.
+
+    The test items are the same for every seed, as in other data sets; `seed` splits off the validation items.
+
+    Args:
+        batch_size: items in a batch of all processes together; in training divisible by their number.
+        validation: number of training items held out, chosen by `seed`.
+        test: number of test items.
+        seed: of validation split, order and binarisation.
+        binarization: dynamic (drawn at each presentation), static (drawn once), threshold (pixel >= 128) or
+            none (intensities in [0, 1]).
+        limit_train: keep only so many training items, for quick experiments. None keeps all.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 100,
+        validation: int = 200,
+        test: int = 360,
+        seed: int = 0,
+        binarization: Binarization = "dynamic",
+        limit_train: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, validation, seed, binarization, limit_train)
+        check_at_least("test", test, 1)
+        self.test_items = test
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images as uint8 (N, 64): training, validation, test."""
+        from sklearn.datasets import load_digits
+
+        pixels = torch.from_numpy(load_digits().data).mul(255 / 16).round().to(torch.uint8)
+        if self.test_items >= len(pixels):
+            raise ValueError(f"data.test must be below the {len(pixels)} digits. Got {self.test_items}.")
+        pixels = pixels[torch.randperm(len(pixels), generator=generator_for("digits", "test"))]
+        train, val = self.split(pixels[self.test_items :])
+        return train, val, pixels[: self.test_items]

@@ -1,0 +1,13 @@
+"""Random streams that are functions of a key, so that a run can be repeated from any step."""
+
+import hashlib
+
+
+def seed_for(*key: int | str) -> int:
+    """A 32-bit seed that is a function of `key` alone, such as `(seed, "samples", rank, epoch, batch)`.
+
+    The key is hashed: torch's Mersenne Twister looks at the lower 32 bits of a seed only, and sums or shifts of epoch
+    and batch index would meet each other there.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
