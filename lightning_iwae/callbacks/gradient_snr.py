@@ -1,0 +1,78 @@
+"""Signal-to-noise ratio of both networks' gradients along a run."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from .. import routing
+from ..diagnostics import SNR, signal_to_noise
+from ..module import IWModule
+from ..randomness import seed_for
+
+
+class GradientSNR(Callback):
+    """Logs snr/phi, snr/theta, dsnr/phi, dsnr/theta: `draws` gradient estimates at the current parameters on a probe.
+
+    The probe is the same `size` training data each time. Of each network's per-parameter SNR the mean is logged, with
+    the quartiles (`_q25`, `_q50`, `_q75`), the value that pure noise would give (`_floor`) and the number of draws
+    (snr/draws). Training is untouched: parameters, .grad, modes and random state are as before.
+
+    Args:
+        every_n_steps: interval in steps; also measured before the first.
+        draws: n, gradient estimates a measurement.
+        size: B, data in the probe. SNR grows as sqrt(B): compare at one size only.
+    """
+
+    def __init__(self, every_n_steps: int = 500, draws: int = 100, size: int = 20) -> None:
+        for name, value, least in (("every_n_steps", every_n_steps, 1), ("draws", draws, 4), ("size", size, 1)):
+            if value < least:
+                raise ValueError(f"GradientSNR.{name} must be at least {least}. Got {value}.")
+        self.every_n_steps, self.draws, self.size = every_n_steps, draws, size
+        self._measured_at = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure at initialisation."""
+        self._measure(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """Measure if due."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, module: IWModule) -> None:
+        step = trainer.global_step
+        if step == self._measured_at or trainer.sanity_checking:
+            return  # the window of an accumulated step has several batches
+        self._measured_at = step
+        x = trainer.datamodule.probe(self.size).to(module.device, module.dtype)  # type: ignore[attr-defined]
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+            torch.manual_seed(seed_for(module.seed, "snr", step))
+            measured = measure(module, x, self.draws)
+        metrics: dict[str, float] = {"snr/draws": self.draws}
+        for side, result in measured.items():
+            quartiles = result.snr.quantile(result.snr.new_tensor([0.25, 0.5, 0.75])).tolist()
+            metrics |= {f"snr/{side}": result.snr.mean().item(), f"snr/{side}_floor": result.snr_floor}
+            metrics |= {f"snr/{side}_q{p}": q for p, q in zip((25, 50, 75), quartiles, strict=True)}
+            metrics |= {f"dsnr/{side}": result.dsnr, f"dsnr/{side}_floor": result.dsnr_floor}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+
+
+def measure(module: IWModule, x: Tensor, draws: int) -> dict[str, SNR]:
+    """SNR of the gradients that `module` trains phi and theta with, on the batch x, from the same draws."""
+    network = module.network
+    sides = {
+        "phi": [p for p in network.inference.parameters() if p.requires_grad],
+        "theta": [p for p in network.generative.parameters() if p.requires_grad],
+    }
+
+    def gradients() -> dict[str, Tensor]:
+        drawn = routing.draw(network, x, module.samples, module.method)
+        loss = routing.loss(drawn, module.theta, module.phi)
+        grads = iter(torch.autograd.grad(loss, [p for side in sides.values() for p in side]))
+        return {name: torch.cat([next(grads).flatten() for _ in side]) for name, side in sides.items()}
+
+    return signal_to_noise(gradients, draws)

@@ -1,0 +1,114 @@
+"""How good a trained model is: log p(x) by importance sampling in constant memory, and what comes with it."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .diagnostics import active_units
+
+Keyed = dict[str, Tensor]
+
+
+class Streamed(NamedTuple):
+    """Importance-sampling estimates per datum, each (B,); nats but for `ess`."""
+
+    log_px: Tensor  # log (1/K) sum w: a lower bound of log p(x) in expectation, by about Var[w] / (2 K p(x)^2)
+    elbo: Tensor  # mean of log w
+    ess: Tensor  # (sum w)^2 / sum w^2, divided by K
+
+
+@torch.no_grad()
+def importance_sample(model: Any, x: Tensor, particles: int, chunk: int | None = None) -> Streamed:
+    """Estimate log p(x), the ELBO and the ESS from exactly `particles` draws of z ~ q(z | x) per datum.
+
+    The encoder runs once. Samples are drawn, weighed and forgotten `chunk` at a time, so that memory does not grow
+    with `particles`; the result does not depend on `chunk` but for the random numbers' order.
+
+    Args:
+        model: follows `models.base.Model`.
+        x: batch (B, ...).
+        particles: K.
+        chunk: particles held at once; by default as many as keep a chunk's data near 4 million numbers.
+    """
+    if particles < 1:
+        raise ValueError(f"particles must be at least 1. Got {particles}.")
+    if chunk is None:
+        chunk = max(1, 2**22 // max(1, x.numel()))
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1. Got {chunk}.")
+    q, prior = model.posterior(x), model.prior()
+    total = torch.zeros(len(x), device=x.device, dtype=torch.float64)
+    log_sum = total - math.inf
+    log_sum_squares = total - math.inf
+    for start in range(0, particles, chunk):
+        z = q.rsample((min(chunk, particles - start),))
+        log_w = (prior.log_prob(z) + model.likelihood(z).log_prob(x) - q.log_prob(z)).double()
+        total += log_w.sum(0)
+        log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
+        log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_w).logsumexp(0))
+    ess = torch.exp(2 * log_sum - log_sum_squares) / particles
+    return Streamed(log_sum - math.log(particles), total / particles, ess)
+
+
+def evaluate(model: Any, x: Tensor, particles: int) -> Keyed:
+    """The figures of one batch per datum, each (B,): log_px, elbo, iwae_64, both KLs (nats) and ess (fraction of K).
+
+    `kl_q_posterior` = log_px - elbo estimates KL(q(z|x) || p(z|x)). `kl_is_64` = log_px - iwae_64 is the same for the
+    64-particle extended distributions: Rainforth et al.'s "KL(Q||P)" (arXiv 1802.04537, table 1).
+    """
+    at_64 = importance_sample(model, x, 64).log_px
+    log_px, elbo, ess = importance_sample(model, x, particles)
+    return {
+        "iwae_64": at_64,
+        "log_px": log_px,
+        "elbo": elbo,
+        "kl_q_posterior": log_px - elbo,
+        "kl_is_64": log_px - at_64,
+        "ess": ess,
+    }
+
+
+class Totals:
+    """Running sums of per-datum figures, from which means, standard errors and active units are taken.
+
+    Sums, since those of several processes add up exactly, however unevenly the data fall to them.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None  # (3, number of figures + Z): count, sum, sum of squares
+
+    def add(self, figures: Keyed, posterior_mean: Tensor) -> None:
+        """Figures (B,) by name, and the posterior means (B, Z)."""
+        self.names = list(figures)
+        rows = torch.cat([torch.stack(list(figures.values()), 1), posterior_mean.flatten(1).double()], 1)
+        new = torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)])
+        self.sums = new if self.sums is None else self.sums + new
+
+    def result(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, Any]:
+        """{"mean", "se"} of each figure, and "active_units"; `reduce` adds the sums of all processes."""
+        if self.sums is None:
+            raise ValueError("nothing was evaluated.")
+        n, total, squares = reduce(self.sums)
+        mean = total / n
+        variance = (squares - n * mean.square()).clamp(min=0) / (n - 1)
+        se = (variance / n).sqrt()
+        out: dict[str, Any] = {k: {"mean": m.item(), "se": e.item()} for k, m, e in zip(self.names, mean, se)}
+        return out | {"active_units": active_units(variance[len(self.names) :])}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures of `Totals.result` as text."""
+    labels = {
+        "iwae_64": "L_64 (nats)",
+        "log_px": f"log p(x), {result['particles']} particles (nats)",
+        "elbo": "ELBO (nats)",
+        "kl_q_posterior": "KL(q || posterior) = log p(x) - ELBO (nats)",
+        "kl_is_64": "KL of 64 particles = log p(x) - L_64 (nats)",
+        "ess": f"ESS / {result['particles']}",
+    }
+    rows = [f"{label:<46}{result[k]['mean']:>12.4f} +- {result[k]['se']:.4f}" for k, label in labels.items()]
+    return "\n".join([*rows, f"{'active units (posterior mean varies by > 0.01)':<46}{result['active_units']:>7}"])
