@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 from .base import full_precision
@@ -71,5 +73,23 @@ class BernoulliPixels(Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """sum x * logit + log(1 - p) over pixels, shape (...,). Nats."""
-        softplus = F.softplus(self.logits, threshold=40.0)  # above it softplus(l) = l, to the last bit
-        return torch.einsum("...x,...x->...", value, self.logits) - softplus.sum(-1)
+        return _BernoulliLogProb.apply(self.logits.expand(torch.broadcast_shapes(self.logits.shape, value.shape)), value)
+
+
+class _BernoulliLogProb(torch.autograd.Function):
+    """sum x * l - log(1 + exp l) over the last axis, whose gradient x - sigmoid(l) takes one array less each way."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, x)
+        softplus = F.softplus(logits, threshold=40.0)  # above it softplus(l) = l to the last bit
+        return softplus.neg_().addcmul_(logits, x).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, seed: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits, x = ctx.saved_tensors
+        seed = seed.unsqueeze(-1)
+        p = torch.sigmoid(logits)
+        x_gradient = (seed * logits).sum_to_size(x.shape) if ctx.needs_input_grad[1] else None
+        return torch.sub(x, p, out=p).mul_(seed), x_gradient

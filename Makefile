@@ -1,0 +1,33 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/mnist-$(shell date +%Y%m%d-%H%M%S)
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/installed  ## Make .venv with everything that CI uses
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+run: setup  ## Train a PIWAE on MNIST (about ten minutes on two cores) and test it
+	$(BIN)/python -m lightning_iwae fit -c conf/mnist.yaml --trainer.default_root_dir $(RUN)
+	$(BIN)/python -m lightning_iwae test -c conf/mnist.yaml --trainer.default_root_dir $(RUN) --ckpt_path best
+	@echo "The run's files are in $(RUN)"
+
+test: setup  ## The tests
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## Long statistics and real data
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+check: setup  ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.PHONY: help setup run test test-slow check
