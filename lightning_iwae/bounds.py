@@ -43,6 +43,11 @@ def miwae(log_w: Tensor) -> Tensor:
 
 
 def ciwae(log_w: Tensor, *, beta: float) -> Tensor:
-    """beta * elbo + (1 - beta) * miwae on the same particles (Rainforth et al., arXiv 1802.04537): beta = 1 is the ELBO."""
+    """beta * elbo + (1 - beta) * miwae on the same particles (Rainforth et al., arXiv 1802.04537).
+
+    beta = 1 is the ELBO.
+    """
     check_beta(beta)
-    return miwae(log_w) if beta == 0.0 else beta * elbo(log_w) + (1.0 - beta) * miwae(log_w)
+    if beta in (0.0, 1.0):  # not 0 * -inf
+        return elbo(log_w) if beta else miwae(log_w)
+    return beta * elbo(log_w) + (1.0 - beta) * miwae(log_w)

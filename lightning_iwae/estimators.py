@@ -16,6 +16,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,10 @@ def elbo_phi(log_w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def iwae_phi(log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimates the gradient of L_K by reparameterisation; its SNR falls as K^-1/2 (Rainforth et al., arXiv 1802.04537, theorem 1)."""
+    """Estimates the gradient of L_K by reparameterisation. Burda et al., arXiv 1509.00519.
+
+    Its SNR falls as K^-1/2 (Rainforth et al., arXiv 1802.04537, theorem 1).
+    """
     return total(iwae_weights(log_w))
 
 
@@ -106,25 +110,36 @@ PHI: dict[str, PhiEstimator] = {
 def theta_weights(name: str, log_w: Tensor, **options: float) -> Tensor:
     """The theta channel `a` (M, K, B) of the estimator `name`, detached. `options` are the estimator's own."""
     check_log_w(log_w)
-    return find("theta", name, options)(log_w.detach(), **options)
+    return _checked("theta", name, find("theta", name, options)(log_w.detach(), **options), log_w)
 
 
 def phi_weights(name: str, log_w: Tensor, **options: float) -> tuple[Tensor, Tensor]:
     """The phi channels `(c, s)`, each (M, K, B), of the estimator `name`, detached."""
     check_log_w(log_w)
-    return find("phi", name, options)(log_w.detach(), **options)
+    return _checked("phi", name, find("phi", name, options)(log_w.detach(), **options), log_w)
+
+
+def _checked(side: str, name: str, weights: Any, log_w: Tensor) -> Any:
+    channels = (weights,) if side == "theta" else weights
+    tensors = isinstance(channels, tuple) and all(isinstance(w, Tensor) and w.shape == log_w.shape for w in channels)
+    if not tensors or len(channels) != (1 if side == "theta" else 2):
+        what = "a tensor a" if side == "theta" else "a tuple of tensors (c, s), each"
+        raise ValueError(f"{side}: estimator {name!r} must return {what} of shape (M, K, B) = {tuple(log_w.shape)}.")
+    return weights
 
 
 def find(side: str, name: str, options: dict[str, float]) -> Callable:
-    """The estimator `name` of a side ("theta" or "phi"), its options checked against its signature.
+    """The estimator `name` of a side ("theta", "phi" or a key that ends so), its options checked by its signature.
 
     `name` is a row of the side's table, or `package.module.function` for a function of your own.
     """
-    table, other = (THETA, PHI) if side == "theta" else (PHI, THETA)
+    table, other = (THETA, PHI) if side.endswith("theta") else (PHI, THETA)
     if name in table:
         function: Callable = table[name]
     elif name in other:
-        raise ValueError(f"{side}: estimator {name!r} is for the other side only. Known for {side}: {', '.join(table)}.")
+        raise ValueError(
+            f"{side}: estimator {name!r} is for the other side only. Known for {side}: {', '.join(table)}."
+        )
     else:
         function = _imported(side, name, list(table))
     parameters = list(inspect.signature(function).parameters.values())[1:]
@@ -142,12 +157,14 @@ def find(side: str, name: str, options: dict[str, float]) -> Callable:
 def _imported(side: str, name: str, known: list[str]) -> Callable:
     module, _, attribute = name.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError):
+        function = getattr(importlib.import_module(module), attribute)
+        inspect.signature(function)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{side}: unknown estimator {name!r}. Known for {side}: {', '.join(known)}, "
-            "or package.module.function for one of your own."
-        ) from None
+            f"{side}: unknown estimator {name!r}{f' ({error})' if module else ''}. "
+            f"Known for {side}: {', '.join(known)}, or package.module.function for one of your own."
+        ) from error
+    return function
 
 
 @dataclass(frozen=True)

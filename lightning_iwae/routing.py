@@ -11,11 +11,12 @@ they treat any other.
 theta needs weights of its own in the pass that also carries d log p / dz. `separate` is the plain way, right for
 every decoder: two passes back through it, one for theta and one for z. `together` is one pass for both, seeded with
 ones, in which theta's weights act inside the layers (see `weighing`); it costs what a plain IWAE step costs. `draw`
-proves it equal to `separate` on the first batch of every shape, and does without it where it is not.
+proves it equal to `separate` on the first batch of every shape, again on the 2nd, 4th, 8th and so on, and does
+without it where it is not.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -28,15 +29,13 @@ from torch.distributions import Distribution
 from . import bounds
 from .estimators import Side
 from .models.base import check_model
-from .weighing import Weighing, weighed
+from .weighing import Weighing, leaves, weighed
 
 Method = Literal["auto", "separate"]
 
 
 # ------------------------------------------------------------------------------------------------ the loss
-def iw_loss(
-    model: Any, x: Tensor, *, samples: int, theta: Side, phi: Side, method: Method = "auto"
-) -> Tensor:
+def iw_loss(model: Any, x: Tensor, *, samples: int, theta: Side, phi: Side, method: Method = "auto") -> Tensor:
     """Minus theta's bound in nats, averaged over the batch, with each side's own estimator as its gradient.
 
     Args:
@@ -79,7 +78,7 @@ def loss(drawn: Draw, theta: Side, phi: Side) -> Tensor:
     c, s = phi.phi(log_w)
     way = together if drawn.inside else separate
     theta_grads, path = way(drawn, a, c)
-    (log_q_path,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True)
+    (log_q_path,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True, materialize_grads=True)
     ascent = [path - _over(c, log_q_path), s, *theta_grads]
     value = bounds.miwae(theta.view(log_w)).mean()
     return _Loss.apply(-value, [-g / log_w.shape[1] for g in ascent], drawn.z, drawn.log_q, *drawn.theta)
@@ -141,17 +140,17 @@ def draw(model: Any, x: Tensor, samples: int, method: Method = "auto", q: Distri
     Raises:
         ValueError: where a gradient can't be right: a distribution's log_prob that is not (S, B) in full precision,
             samples that depend on each other (BatchNorm in training mode), generative parameters that log p(x, z)
-            does not reach, reentrant checkpointing, parameters shared by both networks.
+            does not reach, reentrant checkpointing, parameters that both networks own or use.
     """
+    if model not in _PROOFS:
+        check_model(model)
+        _PROOFS[model] = {}
     _check_independence(model.generative)
+    proof = _PROOFS[model].setdefault(_situation(model, x, samples, method), _Proof())
+    proof.draws += 1
     theta = [p for p in model.generative.parameters() if p.requires_grad]
     shape, device = (samples, len(x)), x.device.type
-    verdicts = _VERDICTS.setdefault(model.generative, {})
-    situation = (samples, tuple(x.shape), model.generative.training, torch.is_autocast_enabled(device))
-    if situation not in verdicts:
-        check_model(model)
-    trusted = method == "auto" and verdicts.get(situation, True)
-    weighing = Weighing(theta if trusted else [], shape)
+    weighing = Weighing(theta if method == "auto" and not proof.refuted else [], shape)
 
     q = model.posterior(x) if q is None else q
     with torch.autocast(device, enabled=False):
@@ -164,26 +163,54 @@ def draw(model: Any, x: Tensor, samples: int, method: Method = "auto", q: Distri
             log_p = _checked(p_x.log_prob(x), "likelihood(z).log_prob(x)", shape)
             log_p = log_p + _checked(model.prior().log_prob(z_held), "prior().log_prob(z)", shape)
 
+    if proof.due:
+        _check_apart(model, posterior=leaves(z, log_q), joint=leaves(log_p))
     drawn = Draw(z, z_held, log_q, log_p, theta, weighed(log_p, model.generative), weighing)
-    if method == "auto" and situation not in verdicts:
-        verdicts[situation] = _verify(drawn, model.generative)
-    if not verdicts.get(situation, True):
-        drawn.inside = set()
+    if proof.due:
+        _prove(drawn, model.generative, proof)
+    drawn.inside &= proof.proven
     return drawn
 
 
-# Whether `together` equals `separate`, by generative network and situation (samples, shape of x, training mode, autocast).
-_VERDICTS: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+@dataclass
+class _Proof:
+    """What is known of `together` for one model in one situation, after so many draws.
+
+    Due on the 1st, 2nd, 4th, 8th, ... draw, as a network may come to do what it did not: a gate that starts at zero,
+    a schedule, a branch that depends on data.
+    """
+
+    draws: int = 0
+    proven: set[nn.Parameter] = field(default_factory=set)
+    refuted: bool = False
+
+    @property
+    def due(self) -> bool:
+        return self.draws & (self.draws - 1) == 0
 
 
-def _verify(drawn: Draw, generative: nn.Module) -> bool:
-    """Compare `together` with `separate` for random weights; warn and return False where theta's gradients differ.
+_PROOFS: WeakKeyDictionary[nn.Module, dict[tuple, _Proof]] = WeakKeyDictionary()
+
+
+def _situation(model: Any, x: Tensor, samples: int, method: Method) -> tuple:
+    modes = tuple(m.training for m in model.generative.modules())
+    trainable = tuple(p.requires_grad for p in model.generative.parameters())
+    return method, samples, tuple(x.shape), torch.is_autocast_enabled(x.device.type), modes, trainable
+
+
+def _prove(drawn: Draw, generative: nn.Module, proof: _Proof) -> None:
+    """Compare `together` with `separate` for random weights; warn where theta's gradients differ.
+
+    A gradient of zero proves nothing. Weights are powers of two, with which rounding commutes: of equal gradients
+    only the order of summation differs, in any precision.
 
     Raises:
         ValueError: if d log p / dz differs, which is so only if samples depend on each other.
     """
     source = torch.Generator().manual_seed(0)
-    a, c = torch.randn(2, *drawn.log_p.shape, generator=source, dtype=torch.float64).to(drawn.log_p)
+    exponents = torch.randint(-3, 1, (2, *drawn.log_p.shape), generator=source)
+    signs = 2 * torch.randint(2, exponents.shape, generator=source) - 1
+    a, c = (signs * 2.0**exponents).to(drawn.log_p)
     theta, z = separate(drawn, a, c)
     theta_together, z_together = together(drawn, a, c)
     if _differ(z, z_together):
@@ -194,18 +221,32 @@ def _verify(drawn: Draw, generative: nn.Module) -> bool:
     names = {p: name for name, p in generative.named_parameters()}
     wrong = [names[p] for p, g, h in zip(drawn.theta, theta, theta_together, strict=True) if _differ(g, h)]
     if wrong:
+        proof.refuted = True
         warnings.warn(
             f"The gradients of {', '.join(wrong)} can't be weighed inside their layers, whose rows seem not to be the "
             "samples in order (S, B). Taking two backward passes through the generative network instead of one.",
             stacklevel=4,
         )
-    return not wrong
+    nonzero = {p for p, g in zip(drawn.theta, theta, strict=True) if 0 < g.norm() < float("inf")}
+    proof.proven = set() if proof.refuted else nonzero
 
 
 def _differ(reference: Tensor, other: Tensor) -> bool:
-    low = torch.is_autocast_enabled(reference.device.type)
-    tolerance = 0.1 if low else {torch.float64: 1e-9}.get(reference.dtype, 1e-3)
+    tolerance = 1e-9 if reference.dtype == torch.float64 else 1e-3
     return bool((reference - other).norm() > tolerance * reference.norm())
+
+
+def _check_apart(model: Any, posterior: set[Tensor], joint: set[Tensor]) -> None:
+    """Each network's parameters have gradients from one side alone: refuse those that the other side uses too."""
+    for user, used, owner in (
+        ("posterior(x)", posterior, "generative"),
+        ("prior() or likelihood(z)", joint, "inference"),
+    ):
+        if names := [name for name, p in getattr(model, owner).named_parameters() if p in used]:
+            raise ValueError(
+                f"{user} depends on the {owner} network's parameter(s) {', '.join(names)}, whose gradient there "
+                "belongs to neither side. Detach them there."
+            )
 
 
 def _check_independence(generative: nn.Module) -> None:

@@ -47,25 +47,38 @@ class Weighing(TorchFunctionMode):
 
     @contextmanager
     def backward(self, wanted: Iterable[nn.Parameter], a: Tensor | None) -> Iterator[None]:
-        """For a pass that asks for the gradients of `wanted`, each sample weighed by `a`."""
+        """For a pass that asks for the gradients of `wanted`, each sample weighed by `a`.
+
+        Hooks of the parameters (Tensor.register_hook) are held back: they see the gradient once, in the loss's own
+        backward pass.
+        """
         self.wanted, self.a = set(wanted), a
+        held = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.wanted if p._backward_hooks]
+        for hooks, _ in held:
+            hooks.clear()
         try:
             yield
         finally:
             self.wanted, self.a = set(), None
+            for hooks, kept in held:
+                hooks.update(kept)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """Sample-wise `rows`, each sample's part multiplied by its `a`."""
         if self.a is None:
             return rows
         a = self.a if rows.shape[:2] == self.shape else self.a.flatten()
-        return rows * a.to(rows.dtype).reshape(a.shape + (1,) * (rows.ndim - a.ndim))
+        return rows * a.to(rows).reshape(a.shape + (1,) * (rows.ndim - a.ndim))
 
     def _applies(self, func: Any, args: tuple, kwargs: dict) -> bool:
-        if not (func is F.linear or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _hooked():
+        if not (func is F.linear or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _transformed():
             return False
         h, weight, bias = args[:3]
-        rows_are_samples = h.ndim > 1 and (h.shape[:2] == self.shape or h.shape[0] == self.shape[0] * self.shape[1])
+        flat = h.ndim > 1 and h.shape[0] == self.shape[0] * self.shape[1]
+        if func is F.linear:
+            rows_are_samples = flat or (h.ndim > 2 and h.shape[:2] == self.shape)
+        else:
+            rows_are_samples = flat and h.ndim == weight.ndim
         return rows_are_samples and weight in self.theta and (bias is None or bias in self.theta)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,9 +88,18 @@ class Weighing(TorchFunctionMode):
         return _Linear.apply(self, *args) if func is F.linear else _Convolution.apply(self, func, args[3:], *args[:3])
 
 
-def _hooked() -> bool:
-    """Whether saved tensors are intercepted, as non-reentrant checkpointing does: it replays what it saw."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def _transformed() -> bool:
+    """Whether the layer is compiled, under torch.func, or has its saved tensors intercepted (by checkpointing)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+    )
+
+
+def _unwanted(parameter: Tensor | None) -> Tensor | None:
+    """The gradient of a parameter that the pass does not ask for; costs nothing."""
+    return None if parameter is None else parameter.new_zeros(()).expand_as(parameter)
 
 
 class _Linear(torch.autograd.Function):
@@ -87,17 +109,16 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, mode: Weighing, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.mode = mode
         ctx.save_for_backward(h, weight, bias)
-        return F.linear(h, weight, bias)
+        return F.linear(h, weight, bias).detach()  # no view, so that an activation may act in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         mode: Weighing = ctx.mode
         h, weight, bias = ctx.saved_tensors
-        h_grad = weight_grad = bias_grad = None
-        if ctx.needs_input_grad[1]:
-            h_grad = delta @ weight.to(delta.dtype)
         rows = delta.flatten(0, -2)
+        h_grad = (rows @ weight.to(delta.dtype)).view_as(h) if ctx.needs_input_grad[1] else None
+        weight_grad, bias_grad = _unwanted(weight), _unwanted(bias)
         if weight in mode.wanted:
             weight_grad = rows.T @ mode.weigh(h.to(delta.dtype)).flatten(0, -2)
         if bias is not None and bias in mode.wanted:
@@ -120,7 +141,7 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         mode: Weighing = ctx.mode
-        grads: list[Tensor | None] = [None, None, None]
+        grads = [None, *map(_unwanted, ctx.parameters)]
         if ctx.needs_input_grad[3]:
             (grads[0],) = torch.autograd.grad(ctx.out, ctx.inner[0], delta, retain_graph=True)
         asked = [i for i, p in enumerate(ctx.parameters, 1) if p is not None and p in mode.wanted]
@@ -130,6 +151,24 @@ class _Convolution(torch.autograd.Function):
             for i, g in zip(asked, found, strict=True):
                 grads[i] = g
         return None, None, None, *grads
+
+
+def edges(*outputs: Tensor) -> Iterator[tuple[Any, int, Any]]:
+    """Every edge of the outputs' graph: a node, the slot of its input, and the node which that input came out of."""
+    seen, stack = set(), [output.grad_fn for output in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for slot, (following, _) in enumerate(node.next_functions):
+            yield node, slot, following
+            stack.append(following)
+
+
+def leaves(*outputs: Tensor) -> set[Tensor]:
+    """The tensors without a history, parameters among them, that any output depends on."""
+    return {following.variable for _, _, following in edges(*outputs) if hasattr(following, "variable")}
 
 
 def weighed(output: Tensor, module: nn.Module) -> set[nn.Parameter]:
@@ -143,24 +182,15 @@ def weighed(output: Tensor, module: nn.Module) -> set[nn.Parameter]:
     inside: set[nn.Parameter] = set()
     outside: set[nn.Parameter] = set()
     layers = (_Linear._backward_cls, _Convolution._backward_cls)  # type: ignore[attr-defined]
-    seen, stack = set(), [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node, slot, following in edges(output):
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
                 "The generative network uses reentrant checkpointing, which hides its parameters from "
                 "torch.autograd.grad. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
-        is_layer = isinstance(node, layers)
-        for slot, (following, _) in enumerate(node.next_functions):
-            parameter = getattr(following, "variable", None)
-            if parameter is not None and parameter in names:
-                (inside if is_layer and slot > 0 else outside).add(parameter)
-            else:
-                stack.append(following)
+        parameter = getattr(following, "variable", None)
+        if parameter is not None and parameter in names:
+            (inside if isinstance(node, layers) and slot > 0 else outside).add(parameter)
     missing = [name for p, name in names.items() if p not in inside and p not in outside]
     if missing:
         raise ValueError(

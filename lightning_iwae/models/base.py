@@ -43,7 +43,7 @@ def check_model(model: nn.Module) -> None:
     missing = [n for n in ("inference", "generative", "prior", "posterior", "likelihood") if not hasattr(model, n)]
     if missing:
         raise TypeError(f"network {what} lacks {', '.join(missing)}: see lightning_iwae.models.base.Model.")
-    phi, theta = set(model.inference.parameters()), set(model.generative.parameters())
+    phi, theta = (set(model.get_submodule(name).parameters()) for name in ("inference", "generative"))
     names = {p: name for name, p in model.named_parameters()}
     if both := [names[p] for p in phi & theta]:
         raise ValueError(f"network {what}: parameters in both .inference and .generative: {', '.join(sorted(both))}.")

@@ -25,6 +25,8 @@ class MLP(nn.Module):
         hidden: widths of the encoder's tanh layers; the decoder's are the same in reverse.
     """
 
+    origin: Tensor  # prior mean, (Z,)
+
     def __init__(self, pixels: int = 784, latent: int = 50, hidden: Sequence[int] = (200, 200)) -> None:
         super().__init__()
         self.pixels = pixels
@@ -50,7 +52,7 @@ class MLP(nn.Module):
         """Set the output bias to the log-odds of the training pixels' mean (X,), clipped to [0.001, 0.999]."""
         if mean.shape != (self.pixels,):
             raise ValueError(f"network.pixels is {self.pixels}, but data have shape {tuple(mean.shape)}.")
-        self.generative[-1].bias.copy_(torch.logit(mean.clamp(0.001, 0.999)))
+        self.generative[-1].get_parameter("bias").copy_(torch.logit(mean.clamp(0.001, 0.999)))
 
 
 def tanh_layers(widths: Sequence[int]) -> nn.Sequential:
@@ -73,7 +75,8 @@ class BernoulliPixels(Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """sum x * logit + log(1 - p) over pixels, shape (...,). Nats."""
-        return _BernoulliLogProb.apply(self.logits.expand(torch.broadcast_shapes(self.logits.shape, value.shape)), value)
+        shape = torch.broadcast_shapes(self.logits.shape, value.shape)
+        return _BernoulliLogProb.apply(self.logits.expand(shape), value)
 
 
 class _BernoulliLogProb(torch.autograd.Function):
