@@ -1,7 +1,7 @@
 """Signal-to-noise ratios of gradients, and active units: pure functions of tensors."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,17 @@ class SNR(NamedTuple):
         if P < 3:
             return math.nan
         return math.sqrt(2 / math.pi) * math.exp(math.lgamma((P - 2) / 2) - math.lgamma((P - 1) / 2)) / math.sqrt(2)
+
+    def quantiles(self, levels: Sequence[float]) -> list[float]:
+        """Quantiles of `snr` at `levels` in [0, 1], interpolated linearly; nan if no parameter's gradient varies.
+
+        By sorting: torch.quantile refuses more than 2^24 numbers, and networks have more parameters.
+        """
+        if not len(self.snr):
+            return [math.nan] * len(levels)
+        ordered = self.snr.sort().values
+        at = ordered.new_tensor(levels) * (len(ordered) - 1)
+        return torch.lerp(ordered[at.floor().long()], ordered[at.ceil().long()], at.frac()).tolist()
 
 
 class _Running:
@@ -65,12 +76,19 @@ def signal_to_noise(gradients: Callable[[], dict[str, Tensor]], n: int) -> dict[
     Args:
         gradients: draws anew, at the same parameters and data, and returns estimates (P,) by name.
         n: number of draws, at least 4.
+
+    Raises:
+        FloatingPointError: for a gradient that is not finite, naming it.
     """
     if n < 4:
         raise ValueError(f"draws must be at least 4. Got {n}.")
     running: dict[str, _Running] = {}
-    for _ in range(n):
+    for draw in range(1, n + 1):
         for name, g in gradients().items():
+            if bad := int((~g.isfinite()).sum()):
+                raise FloatingPointError(
+                    f"the gradient of {name} is not finite in {bad} of {g.numel()} parameters, at draw {draw} of {n}."
+                )
             running.setdefault(name, _Running(g, n)).add(g)
     return {name: r.result() for name, r in running.items()}
 

@@ -39,6 +39,8 @@ def importance_sample(model: Any, x: Tensor, particles: int, chunk: int | None =
         chunk = max(1, 2**22 // max(1, x.numel()))
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1. Got {chunk}.")
+    if not len(x):  # a process's share of a short batch; torch.distributions can't sum over nothing
+        return Streamed(*x.new_zeros(3, 0, dtype=torch.float64))
     q, prior = model.posterior(x), model.prior()
     total = torch.zeros(len(x), device=x.device, dtype=torch.float64)
     log_sum = total - math.inf
@@ -50,6 +52,7 @@ def importance_sample(model: Any, x: Tensor, particles: int, chunk: int | None =
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
         log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_w).logsumexp(0))
     ess = torch.exp(2 * log_sum - log_sum_squares) / particles
+    ess = ess.masked_fill(log_sum == -math.inf, 1.0)  # weights all 0 are alike, as in weights.ess
     return Streamed(log_sum - math.log(particles), total / particles, ess)
 
 
@@ -96,7 +99,9 @@ class Totals:
         mean = total / n
         variance = (squares - n * mean.square()).clamp(min=0) / (n - 1)
         se = (variance / n).sqrt()
-        out: dict[str, Any] = {k: {"mean": m.item(), "se": e.item()} for k, m, e in zip(self.names, mean, se)}
+        out: dict[str, Any] = {
+            k: {"mean": m.item(), "se": e.item()} for k, m, e in zip(self.names, mean, se, strict=False)
+        }
         return out | {"active_units": active_units(variance[len(self.names) :])}
 
 

@@ -4,22 +4,24 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
-from ..evaluation import evaluate
+from ..evaluation import Totals, evaluate
 from ..module import IWModule
 from ..randomness import seed_for
 
 
 class Evaluation(Callback):
-    """Logs val/log_px, val/kl_q_posterior, val/kl_is_64 and val/ess on part of the validation set.
+    """Logs val/log_px, val/kl_q_posterior, val/kl_is_64 and val/ess of a fit, on the first of the validation data.
 
     On a model that knows them (`exact_log_px`, `exact_kl`) the exact values are logged beside the estimates, as
-    val/exact_log_px and val/exact_kl_q_posterior.
+    val/exact_log_px and val/exact_kl_q_posterior. Training is untouched: the random state is as before.
 
     Args:
-        every_n_epochs: interval; the first validation is always evaluated.
+        every_n_epochs: interval; the first validation of a fit is always evaluated.
         particles: K of log p(x) and ESS.
-        size: validation data taken.
+        size: validation data taken, or all if they are fewer; every process takes its share.
     """
 
     def __init__(self, every_n_epochs: int = 1, particles: int = 1000, size: int = 500) -> None:
@@ -27,24 +29,41 @@ class Evaluation(Callback):
             if value < 1:
                 raise ValueError(f"Evaluation.{name} must be at least 1. Got {value}.")
         self.every_n_epochs, self.particles, self.size = every_n_epochs, particles, size
+        self._left = 0  # data that this process has still to take in this validation
+        self._totals: Totals | None = None
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Evaluate if due. Every rank takes its share of the data."""
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Is an evaluation due? It is before there is a val/log_px, by which checkpoints may be kept."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         due = trainer.current_epoch % self.every_n_epochs == 0 or "val/log_px" not in trainer.callback_metrics
-        if trainer.sanity_checking or (trainer.training and not due):
+        self._totals = Totals() if fitting and due else None
+        self._left = -(-self.size // trainer.world_size)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Evaluate the batch, or what is wanted of it."""
+        if self._totals is None or not self._left:
             return
+        x = batch[: self._left]
+        self._left -= len(x)
         module: IWModule = pl_module
-        x = trainer.datamodule.probe(self.size, "val")  # type: ignore[attr-defined]
-        mine = x.tensor_split(trainer.world_size)[trainer.global_rank].to(module.device, module.dtype)
+        network: Any = module.network
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed_for(module.seed, "evaluation", trainer.global_rank))
-            values = evaluate(module.network, mine, self.particles)
+            torch.manual_seed(seed_for(module.seed, "evaluation", trainer.global_rank, batch_idx))
+            values = evaluate(network, x, self.particles)
         values = {name: values[name] for name in ("log_px", "kl_q_posterior", "kl_is_64", "ess")}
-        if hasattr(module.network, "exact_log_px"):
-            with torch.no_grad():
-                values["exact_log_px"] = module.network.exact_log_px(mine)
-                values["exact_kl_q_posterior"] = module.network.exact_kl(mine)
-        for name, value in values.items():
-            total = trainer.strategy.reduce(value.sum(), reduce_op="sum")
-            pl_module.log(f"val/{name}", total / len(x), rank_zero_only=False)
+        if hasattr(network, "exact_log_px"):
+            values["exact_log_px"] = network.exact_log_px(x)
+            values["exact_kl_q_posterior"] = network.exact_kl(x)
+        self._totals.add(values, x.new_empty(len(x), 0))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Log the means over all processes."""
+        if self._totals is None:
+            return
+        # not by Lightning's own mean, which rounds the number of data a process down
+        result = self._totals.result(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
+        means = {f"val/{name}": result[name]["mean"] for name in self._totals.names}
+        pl_module.log_dict(means, sync_dist=True)

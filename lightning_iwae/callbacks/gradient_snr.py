@@ -15,12 +15,13 @@ from ..randomness import seed_for
 class GradientSNR(Callback):
     """Logs snr/phi, snr/theta, dsnr/phi, dsnr/theta: `draws` gradient estimates at the current parameters on a probe.
 
-    The probe is the same `size` training data each time. Of each network's per-parameter SNR the mean is logged, with
-    the quartiles (`_q25`, `_q50`, `_q75`), the value that pure noise would give (`_floor`) and the number of draws
-    (snr/draws). Training is untouched: parameters, .grad, modes and random state are as before.
+    The probe is the same `size` training data each time: `probe(size)` of the data module, or where it has none the
+    first of the first batch. Of each network's per-parameter SNR the mean is logged, with the quartiles (`_q25`,
+    `_q50`, `_q75`), the value that pure noise would give (`_floor`) and the number of draws (snr/draws). Training is
+    untouched: parameters, buffers, .grad, modes and random state are as before.
 
     Args:
-        every_n_steps: interval in steps; also measured before the first.
+        every_n_steps: interval in steps, from the state before the first on.
         draws: n, gradient estimates a measurement.
         size: B, data in the probe. SNR grows as sqrt(B): compare at one size only.
     """
@@ -30,30 +31,47 @@ class GradientSNR(Callback):
             if value < least:
                 raise ValueError(f"GradientSNR.{name} must be at least {least}. Got {value}.")
         self.every_n_steps, self.draws, self.size = every_n_steps, draws, size
+        self._probe: Tensor | None = None
         self._measured_at = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure at initialisation."""
-        self._measure(trainer, pl_module)
+        """Forget an earlier fit."""
+        self._probe, self._measured_at = None, -1
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+        """Choose the probe, and measure before the first step."""
+        if self._probe is None:
+            self._probe = self._choose(trainer, pl_module, batch)
+        self._measure(trainer, pl_module, self._probe)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Measure if due."""
-        if trainer.global_step % self.every_n_steps == 0:
-            self._measure(trainer, pl_module)
+        assert self._probe is not None
+        self._measure(trainer, pl_module, self._probe)
 
-    def _measure(self, trainer: Trainer, module: IWModule) -> None:
+    def _choose(self, trainer: Trainer, module: IWModule, batch: Tensor) -> Tensor:
+        probe = getattr(trainer.datamodule, "probe", None)  # type: ignore[attr-defined]
+        if probe is not None:
+            return probe(self.size).to(module.device, module.dtype)
+        if self.size > len(batch):
+            raise ValueError(
+                f"GradientSNR.size must be at most the batch's {len(batch)}, as the data have no method probe(n). "
+                f"Got {self.size}."
+            )
+        return batch[: self.size].clone()
+
+    def _measure(self, trainer: Trainer, module: IWModule, x: Tensor) -> None:
         step = trainer.global_step
-        if step == self._measured_at or trainer.sanity_checking:
+        if step % self.every_n_steps or step == self._measured_at:
             return  # the window of an accumulated step has several batches
         self._measured_at = step
-        x = trainer.datamodule.probe(self.size).to(module.device, module.dtype)  # type: ignore[attr-defined]
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
             torch.manual_seed(seed_for(module.seed, "snr", step))
             measured = measure(module, x, self.draws)
         metrics: dict[str, float] = {"snr/draws": self.draws}
         for side, result in measured.items():
-            quartiles = result.snr.quantile(result.snr.new_tensor([0.25, 0.5, 0.75])).tolist()
+            quartiles = result.quantiles((0.25, 0.5, 0.75))
             metrics |= {f"snr/{side}": result.snr.mean().item(), f"snr/{side}_floor": result.snr_floor}
             metrics |= {f"snr/{side}_q{p}": q for p, q in zip((25, 50, 75), quartiles, strict=True)}
             metrics |= {f"dsnr/{side}": result.dsnr, f"dsnr/{side}_floor": result.dsnr_floor}
@@ -62,17 +80,24 @@ class GradientSNR(Callback):
 
 
 def measure(module: IWModule, x: Tensor, draws: int) -> dict[str, SNR]:
-    """SNR of the gradients that `module` trains phi and theta with, on the batch x, from the same draws."""
-    network = module.network
-    sides = {
-        "phi": [p for p in network.inference.parameters() if p.requires_grad],
-        "theta": [p for p in network.generative.parameters() if p.requires_grad],
-    }
+    """SNR of the gradients that `module` trains phi and theta with, on the batch x, from the same draws.
+
+    The parameters are in the order of `parameters()`. A network that has none to train is left out.
+    """
+    network: Any = module.network
+    networks = {"phi": network.inference, "theta": network.generative}
+    sides = {name: [p for p in net.parameters() if p.requires_grad] for name, net in networks.items()}
+    sides = {name: side for name, side in sides.items() if side}
+    parameters = [p for side in sides.values() for p in side]
 
     def gradients() -> dict[str, Tensor]:
         drawn = routing.draw(network, x, module.samples, module.method)
         loss = routing.loss(drawn, module.theta, module.phi)
-        grads = iter(torch.autograd.grad(loss, [p for side in sides.values() for p in side]))
+        grads = iter(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
         return {name: torch.cat([next(grads).flatten() for _ in side]) for name, side in sides.items()}
 
-    return signal_to_noise(gradients, draws)
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]  # BatchNorm's run with each draw
+    measured = signal_to_noise(gradients, draws)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return measured
