@@ -1,14 +1,17 @@
 """The LightningModule: two optimisers, one backward pass, one step of both networks."""
 
+import math
 from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from . import __version__, bounds, routing
 from .estimators import Side
@@ -28,10 +31,10 @@ class IWModule(LightningModule):
         samples: S, drawn per datum and shared by both sides.
         theta: estimator and particles of the generative network.
         phi: estimator and particles of the inference network.
-        optimizer_theta: any torch optimiser.
-        optimizer_phi: any torch optimiser.
-        scheduler_theta: any torch learning-rate scheduler.
-        scheduler_phi: any torch learning-rate scheduler.
+        optimizer_theta: any torch optimiser that steps without a closure (LBFGS needs one).
+        optimizer_phi: likewise.
+        scheduler_theta: any torch learning-rate scheduler but ReduceLROnPlateau.
+        scheduler_phi: likewise.
         scheduler_interval: what a step of the schedulers is.
         clip_theta: largest norm of theta's gradient; larger ones are scaled down to it.
         clip_phi: largest norm of phi's gradient.
@@ -66,13 +69,18 @@ class IWModule(LightningModule):
         check_model(network)
         theta.check("model.theta", samples)
         phi.check("model.phi", samples)
-        if accumulate < 1:
-            raise ValueError(f"model.accumulate must be at least 1. Got {accumulate}.")
+        for name, count in (("accumulate", accumulate), ("test_particles", test_particles)):
+            if count < 1:
+                raise ValueError(f"model.{name} must be at least 1. Got {count}.")
         for name, clip in (("theta", clip_theta), ("phi", clip_phi)):
-            if clip is not None and clip <= 0:
+            if clip is not None and not clip > 0:
                 raise ValueError(f"model.clip_{name} must be positive, or null for none. Got {clip}.")
+        if scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"model.scheduler_interval must be epoch or step. Got {scheduler_interval}.")
+        if method not in get_args(routing.Method):
+            raise ValueError(f"model.method must be {' or '.join(get_args(routing.Method))}. Got {method}.")
         self.automatic_optimization = False
-        self.network = network
+        self.network: Any = network
         self.samples, self.theta, self.phi = samples, theta, phi
         self.optimizer_theta, self.optimizer_phi = optimizer_theta, optimizer_phi
         self.scheduler_theta, self.scheduler_phi = scheduler_theta, scheduler_phi
@@ -84,6 +92,10 @@ class IWModule(LightningModule):
         self.test_particles = test_particles
         self.seed = seed
         self.result: dict[str, Any] = {}
+        self._sums = torch.zeros(3)  # of a validation: count, ELBO, L_64
+        self._untrained = True
+        self._batches = 0  # of the accumulation window so far
+        self._failure = ""
 
     # -------------------------------------------------------------------------------------------- set-up
     def configure_optimizers(self) -> Any:
@@ -91,35 +103,58 @@ class IWModule(LightningModule):
         theta = self.optimizer_theta(self.network.generative.parameters())
         phi = self.optimizer_phi(self.network.inference.parameters())
         pairs = ((self.scheduler_theta, theta), (self.scheduler_phi, phi))
-        return [theta, phi], [make(optimizer) for make, optimizer in pairs if make is not None]
+        schedulers = [make(optimizer) for make, optimizer in pairs if make is not None]
+        if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
+            raise ValueError(
+                "model.scheduler_theta, model.scheduler_phi: ReduceLROnPlateau waits for a metric; use another."
+            )
+        return [theta, phi], schedulers
 
     def setup(self, stage: str) -> None:
-        """Give the network the training data's mean, if it asks for one."""
-        data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and hasattr(self.network, "set_data_mean") and hasattr(data, "train_mean"):
+        """Give the network the training data's mean, if it asks for one, before it is first trained."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        wanted = hasattr(self.network, "set_data_mean") and hasattr(data, "train_mean")
+        if stage == "fit" and wanted and self._untrained:
             self.network.set_data_mean(data.train_mean)
+            self._untrained = False
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Its weights are trained ones."""
+        self._untrained = False
 
     def on_fit_start(self) -> None:
-        """Refuse what would be wrong without a word."""
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision 16-mixed scales two optimisers' gradients apart: use bf16-mixed or 32.")
+        """Refuse what would be wrong without a word, and let Lightning count steps instead of batches."""
+        if self.trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
+            raise ValueError(
+                "trainer.precision must be 32-true, 64-true or bf16-mixed (16-mixed scales two optimisers' gradients "
+                f"apart, and log-weights need 32 bits). Got {self.trainer.precision}."
+            )
+        self.trainer.accumulate_grad_batches = self.accumulate
+
+    def on_fit_end(self) -> None:
+        """Leave the trainer as it was."""
+        self.trainer.accumulate_grad_batches = 1
 
     # -------------------------------------------------------------------------------------------- training
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """One batch: its gradients, and at the end of an accumulation window one step of both networks."""
+        if batch_idx % self.accumulate == 0:
+            self.zero_grad()
+            self._batches, self._failure = 0, ""
+        self._batches += 1
         rank = 0 if self.whole_batch_noise else self.global_rank
         torch.manual_seed(seed_for(self.seed, "samples", rank, self.current_epoch, batch_idx))
         q = self._whole_batch_posterior(batch) if self.whole_batch_noise else None
         drawn = routing.draw(self.network, batch, self.samples, self.method, q)
         loss = routing.loss(drawn, self.theta, self.phi)
         if not torch.isfinite(loss):
-            raise FloatingPointError(self._not_finite(batch, drawn))
+            self._failure = self._not_finite(batch, drawn)
+            loss = loss * math.nan  # through the all-reduce it stops every process, and none waits for another
 
-        first = batch_idx - batch_idx % self.accumulate
-        last = min(first + self.accumulate, int(self.trainer.num_training_batches)) - 1
-        with nullcontext() if batch_idx == last else self._local_gradients():
-            self.manual_backward(loss / (last - first + 1))
-        if batch_idx == last:
+        last = (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
+        with nullcontext() if last else self._local_gradients():
+            self.manual_backward(loss)
+        if last:
             self._step()
         self._log_bounds(drawn.log_w)
 
@@ -129,28 +164,23 @@ class IWModule(LightningModule):
             ("generative", self.network.generative, self.clip_theta),
             ("inference", self.network.inference, self.clip_phi),
         ):
-            norm = nn.utils.clip_grad_norm_(network.parameters(), clip or float("inf"))
+            for p in network.parameters() if self._batches > 1 else ():
+                if p.grad is not None:
+                    p.grad /= self._batches
+            norm = nn.utils.clip_grad_norm_(network.parameters(), clip or math.inf)
             if not torch.isfinite(norm):
-                raise FloatingPointError(f"Step {self.global_step}: the {name} network's gradient is not finite.")
+                failure = f"Step {self.global_step}: the {name} network's gradient is not finite."
+                raise FloatingPointError(self._failure or failure)
         theta.step()
         phi.optimizer.step()  # past Lightning's wrapper, which would count a second step
-        theta.optimizer.zero_grad()
-        phi.optimizer.zero_grad()
-        if self.scheduler_interval == "step":
-            self._step_schedulers()
-
-    def on_train_epoch_end(self) -> None:
-        """Schedulers by epoch."""
-        if self.scheduler_interval == "epoch":
-            self._step_schedulers()
-
-    def _step_schedulers(self) -> None:
-        schedulers = self.lr_schedulers() or []
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()
+        # An epoch's schedulers too step here: later than this, and a checkpoint of its last batch would lack it.
+        if self.scheduler_interval == "step" or self.trainer.is_last_batch:
+            schedulers = self.lr_schedulers() or []
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                cast(LRScheduler, scheduler).step()
 
     def _whole_batch_posterior(self, x: Tensor) -> "Rows":
-        everyone = self.all_gather(x).reshape(-1, *x.shape[1:])
+        everyone = cast(Tensor, self.all_gather(x)).reshape(-1, *x.shape[1:])
         return Rows(self.network.posterior(everyone), len(x) * self.global_rank, len(x))
 
     def _local_gradients(self) -> Any:
@@ -177,35 +207,41 @@ class IWModule(LightningModule):
             "the generative network's log p(z)": self.network.prior().log_prob(drawn.z_held),
             "the generative network's log p(x|z)": self.network.likelihood(drawn.z_held).log_prob(x),
         }
-        bad = [f"{name} in {int((~v.isfinite()).sum())} of {v.numel()}" for name, v in terms.items() if not v.isfinite().all()]
+        counts = {name: int((~v.isfinite()).sum()) for name, v in terms.items()}
+        bad = [f"{name} in {count} of {terms[name].numel()}" for name, count in counts.items() if count]
         return f"Step {self.global_step}: the bound is not finite, by {'; '.join(bad) or 'its weights'}."
 
-    # -------------------------------------------------------------------------------------------- validation
+    # -------------------------------------------------------------------------------------------- evaluation
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """val/elbo and val/iwae_64 over the whole validation set."""
+        """In a fit val/elbo and val/iwae_64, over the whole validation set; in `validate` what `test` gives."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return self.test_step(batch, batch_idx)
         self._seed_evaluation("validation", batch_idx)
-        estimates = importance_sample(self.network, batch, 64)
-        size = len(batch)
-        values = {"val/elbo": estimates.elbo, "val/iwae_64": estimates.log_px}
-        means = {name: v.sum() / max(size, 1) for name, v in values.items()}
-        self.log_dict(means, batch_size=size, sync_dist=True, on_epoch=True)
+        at_64, elbo, _ = importance_sample(self.network, batch, 64)
+        sums = torch.stack([torch.ones_like(elbo), elbo, at_64]).sum(1)
+        self._sums = self._sums + sums if batch_idx else sums
 
-    def on_test_start(self) -> None:
-        """Forget earlier tests."""
-        self._totals = Totals()
+    def on_validation_epoch_end(self) -> None:
+        """Means over data. (Lightning's own, with sync_dist, rounds the number of data per process down.)"""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return self.on_test_epoch_end()
+        n, elbo, at_64 = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        self.log_dict({"val/elbo": elbo / n, "val/iwae_64": at_64 / n}, sync_dist=True)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         """All figures of one batch, per datum."""
         self._seed_evaluation("test", batch_idx)
-        if len(batch):
-            figures = evaluate(self.network, batch, self.test_particles)
-            self._totals.add(figures, self.network.posterior(batch).mean)
+        if batch_idx == 0:
+            self._totals = Totals()
+        figures = evaluate(self.network, batch, self.test_particles)
+        self._totals.add(figures, self.network.posterior(batch).mean)
 
     def on_test_epoch_end(self) -> None:
-        """Means and standard errors: logged as test/*, kept in `result`, printed and saved by the command line."""
+        """Means and standard errors: logged as test/* (val/*), kept in `result`, printed by the command line."""
         result = self._totals.result(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        self.log_dict({f"test/{k}": v["mean"] for k, v in result.items() if isinstance(v, dict)}, rank_zero_only=False)
-        self.log("test/active_units", float(result["active_units"]))
+        stage = "test" if self.trainer.testing else "val"
+        means = {f"{stage}/{k}": v["mean"] for k, v in result.items() if isinstance(v, dict)}
+        self.log_dict(means | {f"{stage}/active_units": float(result["active_units"])}, sync_dist=True)
         data = getattr(self.trainer, "datamodule", None)
         self.result = result | {
             "particles": self.test_particles,
@@ -223,17 +259,19 @@ class IWModule(LightningModule):
 class Rows(Distribution):
     """The part of `q` (batch shape (B,)) that belongs to `size` data from `first` on; draws are those of the whole."""
 
-    arg_constraints: dict = {}
+    arg_constraints: ClassVar[dict] = {}  # type: ignore[misc]
 
     def __init__(self, q: Distribution, first: int, size: int) -> None:
         super().__init__(torch.Size([size]), q.event_shape, validate_args=False)
-        self.q, self.rows = q, slice(first, first + size)
+        self.q, self.first, self.last = q, first, first + size
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """z (S, size, ...) out of z (S, B, ...)."""
-        return self.q.rsample(sample_shape)[:, self.rows]
+        z = self.q.rsample(sample_shape)
+        self.others = z.detach()
+        return z[:, self.first : self.last]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q(z | x), shape (S, size)."""
-        whole = value.new_zeros(value.shape[:1] + self.q.batch_shape + self.q.event_shape)
-        return self.q.log_prob(torch.slice_scatter(whole, value, 1, self.rows.start, self.rows.stop))[:, self.rows]
+        """log q(z | x), shape (S, size), of as many samples as were drawn; the other rows keep theirs."""
+        whole = torch.slice_scatter(self.others, value, 1, self.first, self.last)
+        return self.q.log_prob(whole)[:, self.first : self.last]
