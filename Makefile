@@ -28,6 +28,6 @@ test-slow: setup  ## Long statistics and real data
 check: setup  ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/mypy
 
 .PHONY: help setup run test test-slow check

@@ -73,7 +73,10 @@ def main() -> None:
             step()
             if i >= 3:
                 times[name].append(time.perf_counter() - start)
-    print(f"batch {args.batch}, samples {S}, {torch.get_num_threads()} threads, {args.rounds} rounds, torch {torch.__version__}")
+    print(
+        f"batch {args.batch}, samples {S}, {torch.get_num_threads()} threads, {args.rounds} rounds, "
+        f"torch {torch.__version__}"
+    )
     print(f"{'':<28}{'ms, median':>12}{'ratio to stock, median (quartiles)':>40}")
     for name, own in times.items():
         ratios = [a / b for a, b in zip(own, times["stock IWAE"], strict=True)]

