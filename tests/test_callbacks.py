@@ -235,6 +235,28 @@ def test_snr_is_the_same_in_a_second_fit_and_in_a_resumed_one(tmp_path):
         assert run(GradientSNR(2, 4, 4), ckpt_path=tmp_path / f"{step}.ckpt") == {s: whole[s] for s in rest}
 
 
+def test_snr_callback_forgets_an_earlier_fit():
+    snr, seen = GradientSNR(every_n_steps=1000, draws=4, size=4), []
+    for seed in (0, 1):
+        data = toy(seed=seed)
+        _, logger = fit(iw_module(), data, snr, limit_val_batches=0)
+        seen += snr_rows(logger).values()
+        assert torch.equal(snr._probe, data.probe(4))
+    assert len(seen) == 2 and seen[0] != seen[1]
+
+
+def test_snr_is_measured_in_the_precision_of_training():
+    seen = []
+    for precision in ("32-true", "bf16-mixed"):
+        network = restless()
+        _, logger = fit(
+            iw_module(network), digits(), GradientSNR(1000, 4, 10), precision=precision, limit_val_batches=0
+        )
+        seen += snr_rows(logger).values()
+    single, half = (metrics["snr/theta"] for metrics in seen)
+    assert single != half and single == pytest.approx(half, rel=0.2)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_both_callbacks_run_in_every_precision(precision):
     data = Digits(batch_size=20, limit_train=40, validation=20, test=20)

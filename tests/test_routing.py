@@ -1054,9 +1054,17 @@ def test_a_layer_that_is_unfrozen_is_proven_anew():
     model = Toy(Gated(PermutedLinear()))
     nn.init.constant_(model.generative.gate, 0.5)
     model.generative.branch.requires_grad_(False)
-    check(model, model.batch(), S, MIXED)
+    check(model, model.batch(), S, *SIDES[:4])
     model.generative.branch.requires_grad_(True)
     check(model, model.batch(), S, MIXED, warned=True)
+
+
+def test_a_layer_that_is_unfrozen_is_weighed_at_once():
+    model = Toy(Decoder())
+    model.generative.last.requires_grad_(False)
+    assert outside(model, model.batch(), draws=4) == set()
+    model.generative.last.requires_grad_(True)
+    assert outside(model, model.batch()) == set()
 
 
 def test_two_models_round_one_decoder_are_proven_each():
@@ -1073,7 +1081,7 @@ def test_two_models_round_one_decoder_are_proven_each():
 def test_another_size_of_batch_is_proven_anew():
     """Pixels are as many as samples at one size only."""
     model = Toy(Coordinates())
-    check(model, model.batch(B + 1), S, MIXED)
+    check(model, model.batch(B + 1), S, *SIDES[:4])
     check(model, model.batch(B), S, MIXED, warned=True)
     check(model, model.batch(B + 1), S, MIXED)
 
@@ -1111,7 +1119,7 @@ def test_a_decoder_that_is_switched_to_training_mode_is_looked_at_again():
 
     model = Toy(nn.Sequential(Switch()))
     model.generative[0].eval()
-    check(model, model.batch(), S, MIXED)
+    check(model, model.batch(), S, *SIDES[:4])
     model.generative[0].train()
     refused(model, "depends on other samples")
 
