@@ -168,6 +168,7 @@ def test_snr_on_the_linear_gaussian_is_the_theorys(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_snr_at_the_papers_setting_is_the_theorys(monkeypatch):
     torch.set_num_threads(2)
     check_against_theory(monkeypatch, dim=20, size=1024, K=16, draws=500, distance=0.01)
@@ -658,6 +659,12 @@ def test_shares_of_processes_add_up(n, size, batch_size, world_size):
     assert set(logged[0]) == ESTIMATES | EXACT and all(map(math.isfinite, logged[0].values()))
     for name, exact in (("exact_log_px", model.exact_log_px), ("exact_kl_q_posterior", model.exact_kl)):
         assert logged[0][f"val/{name}"] == pytest.approx(exact(items[:taken]).mean().item(), rel=1e-12)
+
+
+def test_every_process_takes_at_least_one_datum():
+    logged, sums = evaluate_on_ranks(gaussian().double(), torch.zeros(6, 3, dtype=torch.float64), 1, 3, 6)
+    assert [s[0, 0] for s in sums] == [1, 1, 1]
+    assert math.isfinite(logged[0]["val/log_px"])
 
 
 def test_processes_draw_different_noise():
