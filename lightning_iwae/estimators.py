@@ -181,6 +181,10 @@ class Side:
     particles: int = 1
     beta: float | None = None
 
+    def __str__(self) -> str:
+        options = "".join(f", {name} {value}" for name, value in self.options.items())
+        return f"{self.estimator} ({self.particles} particle{'s' * (self.particles > 1)}{options})"
+
     @property
     def options(self) -> dict[str, float]:
         """The options that are set."""
@@ -198,6 +202,20 @@ class Side:
         if self.beta is not None:
             check_beta(self.beta)
         find(side, self.estimator, self.options)
+
+    def check_kl_weight(self, side: str) -> None:
+        """Raise ValueError unless this phi estimator holds for a KL weight below 1.
+
+        Total derivatives (s = -c) do: the weighted log w is differentiated as it stands. Those that drop or rewrite
+        log q's score do so by an identity that needs it to have weight 1.
+        """
+        log_w = torch.linspace(-1.0, 0.0, self.particles).reshape(1, -1, 1)
+        c, s = phi_weights(self.estimator, log_w, **self.options)
+        if not torch.equal(c, -s):
+            raise ValueError(
+                f"{side}: estimator {self.estimator!r} can't be used with a KL weight below 1, as it is no total "
+                "derivative of the bound. Use elbo, iwae or ciwae, or no KL warm-up."
+            )
 
     def view(self, log_w: Tensor) -> Tensor:
         """This side's view (M, K, B) of the shared log-weights (S, B), row-major."""

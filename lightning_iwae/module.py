@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -16,9 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from . import __version__, bounds, routing
 from .estimators import Side
 from .evaluation import Totals, evaluate, importance_sample
-from .models import check_model
+from .models import check_model, given
 from .randomness import seed_for
+from .schedule import Change, Objective, Schedule, kl_weight
 from .weights import ess
+
+Batch = Tensor | tuple[Tensor, Tensor]  # data, or data and labels
 
 
 class IWModule(LightningModule):
@@ -38,6 +42,8 @@ class IWModule(LightningModule):
         scheduler_interval: what a step of the schedulers is.
         clip_theta: largest norm of theta's gradient; larger ones are scaled down to it.
         clip_phi: largest norm of phi's gradient.
+        schedule: changes of samples, theta and phi at given epochs.
+        kl_warmup: epochs over which the KL weight grows from 0 to 1, see `routing.draw`; 0 for none.
         accumulate: batches whose gradients are averaged for one step of both networks.
         method: "auto" takes one backward pass where that is proven equal; "separate" always two.
         whole_batch_noise: draw the noise of the batch of all processes and take this rank's part, so that a run
@@ -59,6 +65,8 @@ class IWModule(LightningModule):
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         clip_theta: float | None = None,
         clip_phi: float | None = None,
+        schedule: list[Change] | None = None,
+        kl_warmup: float = 0.0,
         accumulate: int = 1,
         method: routing.Method = "auto",
         whole_batch_noise: bool = False,
@@ -67,8 +75,11 @@ class IWModule(LightningModule):
     ) -> None:
         super().__init__()
         check_model(network)
-        theta.check("model.theta", samples)
-        phi.check("model.phi", samples)
+        self.schedule = Schedule(Objective(samples, theta, phi), schedule or ())
+        if not kl_warmup >= 0:
+            raise ValueError(f"model.kl_warmup must be at least 0. Got {kl_warmup}.")
+        for _, objective in self.schedule.stages if kl_warmup else ():
+            objective.phi.check_kl_weight("model.phi")
         for name, count in (("accumulate", accumulate), ("test_particles", test_particles)):
             if count < 1:
                 raise ValueError(f"model.{name} must be at least 1. Got {count}.")
@@ -81,7 +92,7 @@ class IWModule(LightningModule):
             raise ValueError(f"model.method must be {' or '.join(get_args(routing.Method))}. Got {method}.")
         self.automatic_optimization = False
         self.network: Any = network
-        self.samples, self.theta, self.phi = samples, theta, phi
+        self.kl_warmup = kl_warmup
         self.optimizer_theta, self.optimizer_phi = optimizer_theta, optimizer_phi
         self.scheduler_theta, self.scheduler_phi = scheduler_theta, scheduler_phi
         self.scheduler_interval = scheduler_interval
@@ -136,7 +147,35 @@ class IWModule(LightningModule):
         self.trainer.accumulate_grad_batches = 1
 
     # -------------------------------------------------------------------------------------------- training
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+    @property
+    def objective(self) -> Objective:
+        """What is trained on in the current epoch."""
+        return self.schedule.at(self.current_epoch)
+
+    @property
+    def kl_weight(self) -> float:
+        """That of the current batch."""
+        if not self.kl_warmup or self._trainer is None:
+            return 1.0
+        batches = self.trainer.num_training_batches
+        into_epoch = max(0, self.trainer.fit_loop.batch_idx) / batches  # 0 where batches are without number
+        return kl_weight(self.current_epoch + into_epoch, self.kl_warmup)
+
+    def draw(self, batch: Batch, q: Distribution | None = None) -> routing.Draw:
+        """Samples of a batch under the current objective, with what the gradients need."""
+        x, y = split(batch)
+        return routing.draw(self.network, x, self.objective.samples, self.method, q, y, self.kl_weight)
+
+    def loss(self, drawn: routing.Draw) -> Tensor:
+        """The scalar whose gradient is both networks' own, see `routing.loss`."""
+        return routing.loss(drawn, self.objective.theta, self.objective.phi)
+
+    def on_train_epoch_start(self) -> None:
+        """Say which objective begins."""
+        if len(self.schedule.stages) > 1 and self.current_epoch in dict(self.schedule.stages):
+            rank_zero_info(f"Epoch {self.current_epoch}: {self.objective}")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One batch: its gradients, and at the end of an accumulation window one step of both networks."""
         if batch_idx % self.accumulate == 0:
             self.zero_grad()
@@ -145,8 +184,8 @@ class IWModule(LightningModule):
         rank = 0 if self.whole_batch_noise else self.global_rank
         torch.manual_seed(seed_for(self.seed, "samples", rank, self.current_epoch, batch_idx))
         q = self._whole_batch_posterior(batch) if self.whole_batch_noise else None
-        drawn = routing.draw(self.network, batch, self.samples, self.method, q)
-        loss = routing.loss(drawn, self.theta, self.phi)
+        drawn = self.draw(batch, q)
+        loss = self.loss(drawn)
         if not torch.isfinite(loss):
             self._failure = self._not_finite(batch, drawn)
             loss = loss * math.nan  # through the all-reduce it stops every process, and none waits for another
@@ -179,9 +218,10 @@ class IWModule(LightningModule):
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 cast(LRScheduler, scheduler).step()
 
-    def _whole_batch_posterior(self, x: Tensor) -> "Rows":
-        everyone = cast(Tensor, self.all_gather(x)).reshape(-1, *x.shape[1:])
-        return Rows(self.network.posterior(everyone), len(x) * self.global_rank, len(x))
+    def _whole_batch_posterior(self, batch: Batch) -> "Rows":
+        x, y = (t if t is None else cast(Tensor, self.all_gather(t)).reshape(-1, *t.shape[1:]) for t in split(batch))
+        size = len(split(batch)[0])
+        return Rows(given(self.network, y).posterior(x), size * self.global_rank, size)
 
     def _local_gradients(self) -> Any:
         """No all-reduce: gradients add up on this rank until the window's last batch."""
@@ -190,34 +230,48 @@ class IWModule(LightningModule):
 
     def _log_bounds(self, log_w: Tensor) -> None:
         fraction = ess(log_w, 0).mean() / len(log_w)
-        values = {
-            "train/bound_theta": bounds.miwae(self.theta.view(log_w)).mean(),
-            "train/bound_phi": bounds.miwae(self.phi.view(log_w)).mean(),
+        values: dict[str, Any] = {
+            "train/bound_theta": bounds.miwae(self.objective.theta.view(log_w)).mean(),
+            "train/bound_phi": bounds.miwae(self.objective.phi.view(log_w)).mean(),
             "train/ess": fraction,
         }
-        self.log_dict(values, batch_size=log_w.shape[1])
+        self.log_dict(values | self._scheduled(), batch_size=log_w.shape[1])
         self.log("bound", values["train/bound_theta"], prog_bar=True, logger=False)
         self.log("ess", fraction, prog_bar=True, logger=False)
 
+    def _scheduled(self) -> dict[str, float]:
+        """What changes along the run."""
+        values = {"train/kl_weight": self.kl_weight} if self.kl_warmup else {}
+        if len(self.schedule.stages) > 1:
+            objective = self.objective
+            values["train/samples"] = float(objective.samples)
+            for name, side in (("theta", objective.theta), ("phi", objective.phi)):
+                values[f"train/{name}_particles"] = float(side.particles)
+                values |= {f"train/{name}_{option}": value for option, value in side.options.items()}
+        return values
+
     @torch.no_grad()
-    def _not_finite(self, x: Tensor, drawn: routing.Draw) -> str:
+    def _not_finite(self, batch: Batch, drawn: routing.Draw) -> str:
+        x, y = split(batch)
+        model = given(self.network, y)
         terms = {
             "the inference network's sample z": drawn.z,
             "the inference network's log q(z|x)": drawn.log_q,
-            "the generative network's log p(z)": self.network.prior().log_prob(drawn.z_held),
-            "the generative network's log p(x|z)": self.network.likelihood(drawn.z_held).log_prob(x),
+            "the generative network's log p(z)": model.prior().log_prob(drawn.z_held),
+            "the generative network's log p(x|z)": model.likelihood(drawn.z_held).log_prob(x),
         }
         counts = {name: int((~v.isfinite()).sum()) for name, v in terms.items()}
         bad = [f"{name} in {count} of {terms[name].numel()}" for name, count in counts.items() if count]
         return f"Step {self.global_step}: the bound is not finite, by {'; '.join(bad) or 'its weights'}."
 
     # -------------------------------------------------------------------------------------------- evaluation
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """In a fit val/elbo and val/iwae_64, over the whole validation set; in `validate` what `test` gives."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             return self.test_step(batch, batch_idx)
         self._seed_evaluation("validation", batch_idx)
-        at_64, elbo, _ = importance_sample(self.network, batch, 64)
+        x, y = split(batch)
+        at_64, elbo, _ = importance_sample(given(self.network, y), x, 64)
         sums = torch.stack([torch.ones_like(elbo), elbo, at_64]).sum(1)
         self._sums = self._sums + sums if batch_idx else sums
 
@@ -228,13 +282,14 @@ class IWModule(LightningModule):
         n, elbo, at_64 = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         self.log_dict({"val/elbo": elbo / n, "val/iwae_64": at_64 / n}, sync_dist=True)
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """All figures of one batch, per datum."""
         self._seed_evaluation("test", batch_idx)
         if batch_idx == 0:
             self._totals = Totals()
-        figures = evaluate(self.network, batch, self.test_particles)
-        self._totals.add(figures, self.network.posterior(batch).mean)
+        x, y = split(batch)
+        model = given(self.network, y)
+        self._totals.add(evaluate(model, x, self.test_particles), model.posterior(x).mean)
 
     def on_test_epoch_end(self) -> None:
         """Means and standard errors: logged as test/* (val/*), kept in `result`, printed by the command line."""
@@ -254,6 +309,16 @@ class IWModule(LightningModule):
 
     def _seed_evaluation(self, stage: str, batch_idx: int) -> None:
         torch.manual_seed(seed_for(self.seed, stage, self.global_rank, batch_idx))
+
+
+def split(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """A batch's data (B, ...) and its labels (B,), if it has any."""
+    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+
+
+def cut(batch: Batch, size: int) -> Batch:
+    """The first `size` data of a batch, with their labels."""
+    return batch[:size].clone() if isinstance(batch, Tensor) else (batch[0][:size].clone(), batch[1][:size].clone())
 
 
 class Rows(Distribution):

@@ -28,29 +28,42 @@ from torch.distributions import Distribution
 
 from . import bounds
 from .estimators import Side
-from .models.base import check_model
+from .models.base import check_model, given
 from .weighing import Weighing, leaves, weighed
 
 Method = Literal["auto", "separate"]
 
 
 # ------------------------------------------------------------------------------------------------ the loss
-def iw_loss(model: Any, x: Tensor, *, samples: int, theta: Side, phi: Side, method: Method = "auto") -> Tensor:
+def iw_loss(
+    model: Any,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    samples: int,
+    theta: Side,
+    phi: Side,
+    method: Method = "auto",
+    kl_weight: float = 1.0,
+) -> Tensor:
     """Minus theta's bound in nats, averaged over the batch, with each side's own estimator as its gradient.
 
     Args:
         model: follows `models.base.Model`.
         x: batch (B, ...).
+        y: its labels (B,), for a conditional model (see `models.base.Given`).
         samples: S, drawn per datum and shared by both sides; each views them as (S / K, K, B) with its own K.
         theta, phi: estimator and particles of the generative and of the inference network.
-        method: see `draw`.
+        method, kl_weight: see `draw`.
 
     Returns: scalar, to be minimised. Its value is -bounds.miwae of theta's view. phi's gradient does not depend on
         `theta`, nor theta's on `phi`.
     """
     theta.check("theta", samples)
     phi.check("phi", samples)
-    return loss(draw(model, x, samples, method), theta, phi)
+    if kl_weight != 1.0:
+        phi.check_kl_weight("phi")
+    return loss(draw(model, x, samples, method, y=y, kl_weight=kl_weight), theta, phi)
 
 
 @dataclass
@@ -60,7 +73,7 @@ class Draw:
     z: Tensor  # (S, B, ...), reparameterised: a function of phi
     z_held: Tensor  # the same values as a leaf, on which the next two were evaluated
     log_q: Tensor  # (S, B), a function of phi and z_held
-    log_p: Tensor  # (S, B), log p(z) + log p(x | z), a function of theta and z_held
+    log_p: Tensor  # (S, B), log p(z) + log p(x | z), a function of theta and z_held; both with the KL weight in them
     theta: list[nn.Parameter]
     inside: set[nn.Parameter]  # those of theta that `together` weighs inside their layers
     weighing: Weighing
@@ -130,23 +143,35 @@ def _over(weights: Tensor, gradient: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ the draw
-def draw(model: Any, x: Tensor, samples: int, method: Method = "auto", q: Distribution | None = None) -> Draw:
-    """Sample z (S, B, ...) from the model's posterior of x (B, ...) and evaluate the log-weights (S, B) on it.
+def draw(
+    network: Any,
+    x: Tensor,
+    samples: int,
+    method: Method = "auto",
+    q: Distribution | None = None,
+    y: Tensor | None = None,
+    kl_weight: float = 1.0,
+) -> Draw:
+    """Sample z (S, B, ...) from the network's posterior of x (B, ...) and evaluate the log-weights (S, B) on it.
 
     Args:
-        q: the posterior, if it is not to be model.posterior(x).
         method: "auto" weighs theta inside the layers where that is proven equal; "separate" never does.
+        q: the posterior, if it is not to be network.posterior(x).
+        y: labels (B,) of a conditional network.
+        kl_weight: beta in log w = log p(x|z) + beta (log p(z) - log q(z|x)), for a warm-up from 0 to 1 (Sonderby et
+            al., arXiv 1602.02282). Below 1 phi's estimator must be a total derivative, see `Side.check_kl_weight`.
 
     Raises:
         ValueError: where a gradient can't be right: a distribution's log_prob that is not (S, B) in full precision,
             samples that depend on each other (BatchNorm in training mode), generative parameters that log p(x, z)
             does not reach, reentrant checkpointing, parameters that both networks own or use.
     """
-    if model not in _PROOFS:
-        check_model(model)
-        _PROOFS[model] = {}
+    if network not in _PROOFS:
+        check_model(network)
+        _PROOFS[network] = {}
+    model = given(network, y)
     _check_independence(model.generative)
-    proof = _PROOFS[model].setdefault(_situation(model, x, samples, method), _Proof())
+    proof = _PROOFS[network].setdefault(_situation(model, x, samples, method, kl_weight), _Proof())
     proof.draws += 1
     theta = [p for p in model.generative.parameters() if p.requires_grad]
     shape, device = (samples, len(x)), x.device.type
@@ -154,14 +179,17 @@ def draw(model: Any, x: Tensor, samples: int, method: Method = "auto", q: Distri
 
     q = model.posterior(x) if q is None else q
     with torch.autocast(device, enabled=False):
-        z = q.rsample((samples,))
+        z = _rsample(q, samples)
         z_held = z.detach().requires_grad_()
-        log_q = _checked(q.log_prob(z_held), "posterior(x).log_prob(z)", shape)
+        log_q = _log_prob(q, z_held, "posterior(x).log_prob(z)", shape)
     with weighing:
         p_x = model.likelihood(z_held)
         with torch.autocast(device, enabled=False):
-            log_p = _checked(p_x.log_prob(x), "likelihood(z).log_prob(x)", shape)
-            log_p = log_p + _checked(model.prior().log_prob(z_held), "prior().log_prob(z)", shape)
+            log_p = _log_prob(p_x, x, "likelihood(z).log_prob(x)", shape)
+            log_p_z = _log_prob(model.prior(), z_held, "prior().log_prob(z)", shape)
+            if kl_weight != 1.0:
+                log_p_z, log_q = kl_weight * log_p_z, kl_weight * log_q
+            log_p = log_p + log_p_z
 
     if proof.due:
         _check_apart(model, posterior=leaves(z, log_q), joint=leaves(log_p))
@@ -192,10 +220,11 @@ class _Proof:
 _PROOFS: WeakKeyDictionary[nn.Module, dict[tuple, _Proof]] = WeakKeyDictionary()
 
 
-def _situation(model: Any, x: Tensor, samples: int, method: Method) -> tuple:
+def _situation(model: Any, x: Tensor, samples: int, method: Method, kl_weight: float) -> tuple:
     modes = tuple(m.training for m in model.generative.modules())
     trainable = tuple(p.requires_grad for p in model.generative.parameters())
-    return method, samples, tuple(x.shape), torch.is_autocast_enabled(x.device.type), modes, trainable
+    weighted = 0.0 if kl_weight == 0.0 else 1.0  # at 0 a learnt prior has no gradient
+    return method, samples, weighted, tuple(x.shape), torch.is_autocast_enabled(x.device.type), modes, trainable
 
 
 def _prove(drawn: Draw, generative: nn.Module, proof: _Proof) -> None:
@@ -237,7 +266,16 @@ def _differ(reference: Tensor, other: Tensor) -> bool:
 
 
 def _check_apart(model: Any, posterior: set[Tensor], joint: set[Tensor]) -> None:
-    """Each network's parameters have gradients from one side alone: refuse those that the other side uses too."""
+    """Each network's parameters have gradients from one side alone: refuse those that the other side uses too.
+
+    phi's that its own side does not use are refused as well; theta's are by `weighed`.
+    """
+    idle = [n for n, p in model.inference.named_parameters() if p.requires_grad and p not in posterior]
+    if idle:
+        raise ValueError(
+            f"posterior(x) does not depend on the inference parameter(s) {', '.join(idle)}. If that is meant, freeze "
+            "them with requires_grad_(False); if not, look for no_grad or detach on the way."
+        )
     for user, used, owner in (
         ("posterior(x)", posterior, "generative"),
         ("prior() or likelihood(z)", joint, "inference"),
@@ -258,7 +296,24 @@ def _check_independence(generative: nn.Module) -> None:
             )
 
 
-def _checked(log_prob: Tensor, what: str, shape: tuple[int, int]) -> Tensor:
+def _rsample(q: Distribution, samples: int) -> Tensor:
+    try:
+        return q.rsample(torch.Size([samples]))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"posterior(x) must be reparameterised, with rsample, for phi's path gradient. Got {_named(q)}."
+        ) from error
+
+
+def _log_prob(p: Distribution, value: Tensor, what: str, shape: tuple[int, int]) -> Tensor:
+    """p.log_prob(value), which must be (S, B); where it can't be, say so in shapes."""
+    try:
+        log_prob = p.log_prob(value)
+    except (RuntimeError, ValueError) as error:  # how torch says that sizes differ
+        raise ValueError(
+            f"{what} must have shape (samples, batch) = {shape}. {_named(p)}, of batch shape {tuple(p.batch_shape)} "
+            f"and event shape {tuple(p.event_shape)}, can't take values of shape {tuple(value.shape)}: {error}"
+        ) from error
     if log_prob.shape != shape:
         raise ValueError(
             f"{what} must have shape (samples, batch) = {shape}, event dimensions inside "
@@ -270,3 +325,8 @@ def _checked(log_prob: Tensor, what: str, shape: tuple[int, int]) -> Tensor:
             f"`.float()` parameters. Got {log_prob.dtype}."
         )
     return log_prob
+
+
+def _named(p: Distribution) -> str:
+    inner = getattr(p, "base_dist", None)
+    return f"{type(p).__name__}({type(inner).__name__})" if inner is not None else type(p).__name__

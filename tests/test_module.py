@@ -23,6 +23,7 @@ from lightning_iwae.estimators import Side
 from lightning_iwae.models import MLP
 from lightning_iwae.module import IWModule, Rows
 from lightning_iwae.randomness import seed_for
+from lightning_iwae.schedule import Objective, Schedule
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 BATCHES = 5  # of an epoch of `digits`
@@ -159,9 +160,10 @@ def objective(network, side, log_w, q, z, x):
 
 def gradients(module, network, epoch, batch_idx, x):
     """Of both networks' parameters, to be ascended."""
-    drawn = log_weights(network, x, module.samples, module.seed, "samples", 0, epoch, batch_idx)
+    now = module.schedule.at(epoch)
+    drawn = log_weights(network, x, now.samples, module.seed, "samples", 0, epoch, batch_idx)
     found = {}
-    for side, part in ((module.theta, network.generative), (module.phi, network.inference)):
+    for side, part in ((now.theta, network.generative), (now.phi, network.inference)):
         parameters = list(part.parameters())
         value = objective(network, side, *drawn, x)
         found |= dict(zip(parameters, torch.autograd.grad(value, parameters, retain_graph=True), strict=True))
@@ -267,7 +269,7 @@ def test_three_steps_equal_a_hand_written_loop(name, whole_batch_noise):
 
     network = mlp().double()
     network.load_state_dict(watch.before[0])
-    module.theta, module.phi = elbo_side(theta), elbo_side(phi)
+    module.schedule = Schedule(Objective(module.objective.samples, elbo_side(theta), elbo_side(phi)))
     moments = {p: [torch.zeros_like(p), torch.zeros_like(p)] for p in network.parameters()}
     phi_parameters = set(network.inference.parameters())
     for step, batch in enumerate(watch.batches, 1):

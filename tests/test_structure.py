@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "routing": {"bounds", "estimators", "weighing", "models.base"},
     "diagnostics": {"weights"},
     "evaluation": {"diagnostics", "weights"},
+    "schedule": {"estimators"},
     "data": {"randomness"},
     "module": {
         "routing",
@@ -35,9 +36,10 @@ MAY_IMPORT = {
         "diagnostics",
         "models",
         "randomness",
+        "schedule",
         "_version",
     },
-    "callbacks": {"module", "routing", "evaluation", "diagnostics", "randomness"},
+    "callbacks": {"module", "models", "evaluation", "diagnostics", "randomness"},
     "__init__": {"_version", "estimators", "routing"},
     "__main__": {"cli"},
 }

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from ..evaluation import Totals, evaluate
-from ..module import IWModule
+from ..models import given
+from ..module import Batch, IWModule, cut, split
 from ..randomness import seed_for
 
 
@@ -40,19 +40,19 @@ class Evaluation(Callback):
         self._left = -(-self.size // trainer.world_size)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Evaluate the batch, or what is wanted of it."""
         if self._totals is None or not self._left:
             return
-        x = batch[: self._left]
+        x, y = split(cut(batch, self._left))
         self._left -= len(x)
         module: IWModule = pl_module
         network: Any = module.network
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed_for(module.seed, "evaluation", trainer.global_rank, batch_idx))
-            values = evaluate(network, x, self.particles)
+            values = evaluate(given(network, y), x, self.particles)
         values = {name: values[name] for name in ("log_px", "kl_q_posterior", "kl_is_64", "ess")}
         if hasattr(network, "exact_log_px"):
             values["exact_log_px"] = network.exact_log_px(x)

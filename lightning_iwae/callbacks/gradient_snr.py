@@ -6,9 +6,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from .. import routing
 from ..diagnostics import SNR, signal_to_noise
-from ..module import IWModule
+from ..module import Batch, IWModule, cut, split
 from ..randomness import seed_for
 
 
@@ -31,36 +30,37 @@ class GradientSNR(Callback):
             if value < least:
                 raise ValueError(f"GradientSNR.{name} must be at least {least}. Got {value}.")
         self.every_n_steps, self.draws, self.size = every_n_steps, draws, size
-        self._probe: Tensor | None = None
+        self._probe: Batch | None = None
         self._measured_at = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Forget an earlier fit."""
         self._probe, self._measured_at = None, -1
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Choose the probe, and measure before the first step."""
         if self._probe is None:
             self._probe = self._choose(trainer, pl_module, batch)
-        self._measure(trainer, pl_module, self._probe)
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module, self._probe)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Measure if due."""
         assert self._probe is not None
         self._measure(trainer, pl_module, self._probe)
 
-    def _choose(self, trainer: Trainer, module: IWModule, batch: Tensor) -> Tensor:
+    def _choose(self, trainer: Trainer, module: IWModule, batch: Batch) -> Batch:
         probe = getattr(trainer.datamodule, "probe", None)  # type: ignore[attr-defined]
         if probe is not None:
-            return probe(self.size).to(module.device, module.dtype)
-        if self.size > len(batch):
+            return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(probe(self.size)))
+        if self.size > (got := len(split(batch)[0])):
             raise ValueError(
-                f"GradientSNR.size must be at most the batch's {len(batch)}, as the data have no method probe(n). "
+                f"GradientSNR.size must be at most the batch's {got}, as the data have no method probe(n). "
                 f"Got {self.size}."
             )
-        return batch[: self.size].clone()
+        return cut(batch, self.size)
 
-    def _measure(self, trainer: Trainer, module: IWModule, x: Tensor) -> None:
+    def _measure(self, trainer: Trainer, module: IWModule, batch: Batch) -> None:
         step = trainer.global_step
         if step % self.every_n_steps or step == self._measured_at:
             return  # the window of an accumulated step has several batches
@@ -68,7 +68,7 @@ class GradientSNR(Callback):
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
             torch.manual_seed(seed_for(module.seed, "snr", step))
-            measured = measure(module, x, self.draws)
+            measured = measure(module, batch, self.draws)
         metrics: dict[str, float] = {"snr/draws": self.draws}
         for side, result in measured.items():
             quartiles = result.quantiles((0.25, 0.5, 0.75))
@@ -79,8 +79,8 @@ class GradientSNR(Callback):
             logger.log_metrics(metrics, step)
 
 
-def measure(module: IWModule, x: Tensor, draws: int) -> dict[str, SNR]:
-    """SNR of the gradients that `module` trains phi and theta with, on the batch x, from the same draws.
+def measure(module: IWModule, batch: Batch, draws: int) -> dict[str, SNR]:
+    """SNR of the gradients that `module` trains phi and theta with, on a batch, from the same draws.
 
     The parameters are in the order of `parameters()`. A network that has none to train is left out.
     """
@@ -91,9 +91,9 @@ def measure(module: IWModule, x: Tensor, draws: int) -> dict[str, SNR]:
     parameters = [p for side in sides.values() for p in side]
 
     def gradients() -> dict[str, Tensor]:
-        drawn = routing.draw(network, x, module.samples, module.method)
-        loss = routing.loss(drawn, module.theta, module.phi)
-        grads = iter(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+        grads = iter(
+            torch.autograd.grad(module.loss(module.draw(batch)), parameters, allow_unused=True, materialize_grads=True)
+        )
         return {name: torch.cat([next(grads).flatten() for _ in side]) for name, side in sides.items()}
 
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]  # BatchNorm's run with each draw
