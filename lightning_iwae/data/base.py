@@ -112,6 +112,10 @@ class ArrayData(LightningDataModule):
         """
         raise NotImplementedError
 
+    def prepare_data(self) -> None:
+        """Loads everything where Lightning asks for it first, before a logger makes the run's directory."""
+        self.setup()
+
     def setup(self, stage: str | None = None) -> None:
         """Loads everything once, whatever the stage."""
         if self.train is not None:
@@ -156,7 +160,9 @@ class ArrayData(LightningDataModule):
         return self._batches(self.val, "val", shuffle=False)
 
     def test_dataloader(self) -> Batches:
-        """The test items in order."""
+        """The test items in order; ValueError if there are none."""
+        if self.train is not None and self.test is None:
+            raise ValueError(f"{type(self).__name__} has no test items, which a test or a prediction needs.")
         return self._batches(self.test, "test", shuffle=False)
 
     def predict_dataloader(self) -> Batches:

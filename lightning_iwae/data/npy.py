@@ -23,9 +23,11 @@ def read_items(option: str, source: str) -> tuple[Tensor, str]:
         raise DataError(f"{option}: {source} must be uint8, float32 or float64. Got {array.dtype}.")
     if array.ndim < 2 or array.size == 0:
         raise DataError(f"{option}: {source} must have shape (N, ...), none of it empty. Got {array.shape}.")
-    _check_finite(option, source, array)
-    array = array.astype(np.float32) if array.dtype == np.float64 else array
-    return torch.from_numpy(array.reshape(len(array), -1)), f"{array.dtype} of shape {array.shape[1:]}"
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found
+        numbers = array if array.dtype != np.float64 else array.astype(np.float32)
+    if (bad := _first_not_finite(numbers)) is not None:
+        raise DataError(f"{option}: {source} must be finite as float32. Got {array[bad]} at {list(bad)}.")
+    return torch.from_numpy(numbers.reshape(len(numbers), -1)), f"{numbers.dtype} of shape {numbers.shape[1:]}"
 
 
 def read_labels(option: str, source: str, count: int) -> Tensor:
@@ -40,14 +42,13 @@ def read_labels(option: str, source: str, count: int) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _check_finite(option: str, source: str, array: np.ndarray) -> None:
-    if array.dtype == np.uint8:
-        return
-    for first in range(0, len(array), CHUNK):
-        bad = np.argwhere(~np.isfinite(array[first : first + CHUNK]))
-        if len(bad):
-            index = (int(bad[0][0]) + first, *map(int, bad[0][1:]))
-            raise DataError(f"{option}: {source} must be finite. Got {array[index]} at {list(index)}.")
+def _first_not_finite(numbers: np.ndarray) -> tuple[int, ...] | None:
+    for first in range(0, len(numbers) if numbers.dtype == np.float32 else 0, CHUNK):
+        finite = np.isfinite(numbers[first : first + CHUNK])
+        if not finite.all():
+            row, *others = map(int, np.argwhere(~finite)[0])
+            return (first + row, *others)
+    return None
 
 
 def _read(option: str, source: str) -> np.ndarray:
@@ -57,15 +58,17 @@ def _read(option: str, source: str) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{option}: no file {path}.")
     try:
-        loaded = np.load(path, mmap_mode="c", allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else _member(loaded, f"{option}: {path}", key)
+        array = _mapped(path, option) if path.suffix == ".npy" else _member(path, key, option)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if any(word in str(error) for word in ("pickle", "Python objects")):
-            raise DataError(
-                f"{option}: {source} must hold numbers in NumPy's format. Got Python objects, which are not loaded as "
-                f"that may run code, or another format."
-            ) from error
-        raise DataError(f"{option}: {source} cannot be read: {error}") from error
+        if not any(word in str(error) for word in ("pickle", "Python objects")):
+            raise DataError(f"{option}: {source} cannot be read: {error}") from error
+        array = None
+    if not isinstance(array, np.ndarray):
+        raise DataError(
+            f"{option}: {source} must hold numbers in NumPy's format. Got Python objects, which are not loaded as that "
+            f"may run code, or another format."
+        )
+    return array
 
 
 def _split(source: str) -> tuple[Path, str | None]:
@@ -74,15 +77,23 @@ def _split(source: str) -> tuple[Path, str | None]:
     return (Path(f"{path}.npz"), key) if found else (Path(source), None)
 
 
-def _member(archive: np.lib.npyio.NpzFile, origin: str, key: str | None) -> np.ndarray:
-    with archive:
+def _mapped(path: Path, option: str) -> np.ndarray:
+    array = np.load(path, mmap_mode="c", allow_pickle=False)  # what is written to it stays in memory
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise DataError(f"{option}: {path} must be one array. Got an archive.")
+    return array
+
+
+def _member(path: Path, key: str | None, option: str) -> np.ndarray:
+    with path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(f"{option}: {path}:{key} must be an archive. Got one array.")
         keys = archive.files
-        if key is None and len(keys) == 1:
-            key = keys[0]
-        if key is None:
-            raise DataError(
-                f"{origin} must be named with a key, FILE.npz:KEY. It holds {', '.join(keys) or 'nothing'}."
-            )
-        if key not in keys:
-            raise DataError(f"{origin} must hold an array {key}. Got {', '.join(keys) or 'none'}.")
-        return archive[key]
+        if key is None and len(keys) != 1:
+            held = ", ".join(keys) or "nothing"
+            raise DataError(f"{option}: {path} must be named with a key, FILE.npz:KEY. It holds {held}.")
+        if key not in (None, *keys):
+            raise DataError(f"{option}: {path} must hold an array {key}. Got {', '.join(keys) or 'none'}.")
+        return archive[key or keys[0]]
