@@ -523,7 +523,7 @@ def on_first_validation_data(model, size):
     """scipy's log p(x) and torch's KL of the first `size` validation data of `toy()`, averaged."""
     data = toy()
     data.setup()
-    x = data.probe(size, "val").double()
+    x = torch.cat(list(data.val_dataloader()))[:size].double()
     model = copy.deepcopy(model).double()
     log_px = scipy.stats.multivariate_normal(model.mu.detach(), 2 * np.eye(3)).logpdf(x)
     q = model.posterior(x)

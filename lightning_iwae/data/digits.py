@@ -1,10 +1,9 @@
 """scikit-learn's 8x8 digits: small, and inside its wheel, so that nothing is downloaded."""
 
 import torch
-from torch import Tensor
 
 from lightning_iwae.data.base import ArrayData, Binarization, check_at_least
-from lightning_iwae.data.batches import generator_for
+from lightning_iwae.data.batches import Items, generator_for, take
 
 
 class Digits(ArrayData):
@@ -20,6 +19,7 @@ class Digits(ArrayData):
         binarization: dynamic (drawn at each presentation), static (drawn once), threshold (pixel >= 128) or
             none (intensities in [0, 1]).
         limit_train: keep only so many training items, for quick experiments. None keeps all.
+        labels: batches are (x, y), y the digit.
     """
 
     def __init__(
@@ -30,18 +30,21 @@ class Digits(ArrayData):
         seed: int = 0,
         binarization: Binarization = "dynamic",
         limit_train: int | None = None,
+        labels: bool = False,
     ) -> None:
-        super().__init__(batch_size, validation, seed, binarization, limit_train)
+        super().__init__(batch_size, validation, seed, binarization, limit_train, labels)
         check_at_least("test", test, 1)
         self.test_items = test
 
-    def load(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Images as uint8 (N, 64): training, validation, test."""
+    def load(self) -> tuple[Items, Items, Items]:
+        """Images as uint8 (N, 64), and digits (N,): training, validation, test."""
         from sklearn.datasets import load_digits
 
-        pixels = torch.from_numpy(load_digits().data).mul(255 / 16).round().to(torch.uint8)
+        digits = load_digits()
+        pixels = torch.from_numpy(digits.data).mul(255 / 16).round().to(torch.uint8)
         if self.test_items >= len(pixels):
             raise ValueError(f"data.test must be below the {len(pixels)} digits. Got {self.test_items}.")
-        pixels = pixels[torch.randperm(len(pixels), generator=generator_for("digits", "test"))]
-        train, val = self.split(pixels[self.test_items :])
-        return train, val, pixels[: self.test_items]
+        order = torch.randperm(len(pixels), generator=generator_for("digits", "test"))
+        items = take((pixels, torch.from_numpy(digits.target)), order)
+        train, val = self.split(take(items, slice(self.test_items, None)))
+        return train, val, take(items, slice(self.test_items))

