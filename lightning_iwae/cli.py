@@ -20,9 +20,13 @@ def main(args: list[str] | None = None) -> None:
     keep_freed_memory()
     from . import commands  # Lightning takes seconds to import
     from .data import DataError
+    from .signals import Interrupted
 
     try:
         commands.run(args)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
     except (ValueError, TypeError, DataError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)

@@ -5,71 +5,158 @@ import logging
 import os
 import time
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from . import resume
+from .callbacks import Checkpoints
 from .evaluation import table
+from .loggers import MetricsCSV
 from .module import IWModule
+from .signals import Interrupted, Signals
+from .writing import replacing
 
 RUN_DIRECTORY = "LIGHTNING_IWAE_RUN_DIRECTORY"  # tells processes that DDP starts where the run of the first one is
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's directory."""
+class RunFiles(SaveConfigCallback):
+    """Writes config.yaml into the run's directory, and keeps metrics.csv in step with the checkpoints."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """On rank 0, before anything else is written; a test leaves the fit's own config alone."""
         if trainer.is_global_zero and stage == "fit":
-            directory = Path(trainer.default_root_dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, directory / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            with replacing(Path(trainer.default_root_dir) / "config.yaml") as file:
+                file.write(settings(self.parser, self.config).encode())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the settings, and how far metrics.csv is."""
+        checkpoint["settings"] = self._settings
+        for logger in of_metrics(trainer):
+            checkpoint["metrics.csv"] = logger.mark()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Drop from metrics.csv what came after the checkpoint."""
+        for logger in of_metrics(trainer):
+            if "metrics.csv" in checkpoint:
+                logger.cut(**checkpoint["metrics.csv"])
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return yaml.safe_load(settings(self.parser, self.config))
+
+
+def of_metrics(trainer: Trainer) -> list[MetricsCSV]:
+    """The loggers that write metrics.csv, on the process that writes."""
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV) and trainer.is_global_zero]
+
+
+def settings(parser: LightningArgumentParser, config: Namespace) -> str:
+    """The YAML of a run that can be run again: all settings but the directory, and the checkpoint it went on from."""
+    config = config.clone()
+    config.trainer.default_root_dir = None
+    for key in ("ckpt_path", "weights_only"):
+        if key in config:
+            config[key] = None
+    return parser.dump(config, skip_none=False)
 
 
 class CLI(LightningCLI):
     """LightningCLI with one run directory, one seed and short keys."""
+
+    def __init__(self, *args: Any, signals: Signals, **kwargs: Any) -> None:
+        self.signals = signals
+        self.checkpoint: dict[str, Any] | None = None
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything."""
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint has no say in the settings (Lightning would take hyperparameters from it)."""
+
     def before_instantiate_classes(self) -> None:
-        """Find the run directory and, for `best` and `last`, the checkpoint in it."""
+        """Find the run directory, and the checkpoint: read and compared with the settings before anything is run."""
         config = self.config[self.subcommand]
-        child = "LOCAL_RANK" in os.environ
-        directory = config.trainer.default_root_dir or (os.environ.get(RUN_DIRECTORY) if child else None)
-        path = Path(directory or of_checkpoint(config.ckpt_path) or fresh_directory())
-        os.environ[RUN_DIRECTORY] = self.run_directory = str(path)
-        if self.subcommand == "fit":
-            if config.ckpt_path is None and not child and (path / "metrics.csv").exists():
-                raise ValueError(f"trainer.default_root_dir: {path} holds a run already. Give another directory.")
-        else:
+        directory = config.trainer.default_root_dir or (os.environ[RUN_DIRECTORY] if launched() else None)
+        if config.ckpt_path in ("best", "last") and directory is None:
+            raise ValueError(
+                f"ckpt_path: {config.ckpt_path} is looked for in a run's directory. Give that: "
+                f"--trainer.default_root_dir RUN."
+            )
+        self.run_directory = str(directory or of_checkpoint(config.ckpt_path) or fresh_directory())
+        os.environ[RUN_DIRECTORY] = self.run_directory
+        config.ckpt_path = self._checkpoint_path(config.ckpt_path)
+        if "weights_only" in config:
+            config.weights_only = True
+        if self.subcommand != "fit":
             config.verbose = False  # Lightning's table; ours follows
-            if config.ckpt_path in ("best", "last"):
-                config.ckpt_path = str(path / "checkpoints" / f"{config.ckpt_path}.ckpt")
-        if config.ckpt_path not in (None, "best", "last", "hpc", "registry") and not Path(config.ckpt_path).is_file():
-            raise ValueError(f"ckpt_path: no file {config.ckpt_path}.")
+        if config.ckpt_path is not None:
+            self.checkpoint = resume.read(Path(config.ckpt_path))
+            if self.subcommand == "fit" and "settings" in self.checkpoint:
+                given = yaml.safe_load(settings(self._parser("fit"), config))
+                resume.check_settings(Path(config.ckpt_path), self.checkpoint["settings"], given)
+
+    def _checkpoint_path(self, given: str | None) -> str | None:
+        """The file that `best`, `last` or a path means; None for `last` of a fit that has none yet."""
+        run = Path(self.run_directory)
+        last = run / "checkpoints" / "last.ckpt"
+        path = str(run / "checkpoints" / f"{given}.ckpt") if given in ("best", "last") else given
+        if self.subcommand != "fit":
+            return path
+        self.afresh = given == "last" and not last.exists()
+        goes_on = self.afresh or (path is not None and Path(path).resolve() == last.resolve())
+        if not goes_on and not launched() and (last.exists() or (run / "metrics.csv").exists()):
+            raise ValueError(
+                f"trainer.default_root_dir: {run} holds a run already. Go on with it by --ckpt_path last, or give "
+                f"another directory."
+            )
+        return None if self.afresh else path
+
+    def after_instantiate_classes(self) -> None:
+        """Compare the checkpoint's weights with the model's."""
+        if self.checkpoint is not None:
+            path = Path(self.config[self.subcommand].ckpt_path)
+            resume.check_weights(path, self.checkpoint, self.model)
+            self.checkpoint = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Everything that a run writes goes below its directory; only a fit logs."""
+        given = self.config_init[self.subcommand].trainer
         kwargs["default_root_dir"] = self.run_directory
-        if self.config_init[self.subcommand].trainer.logger is None:
-            kwargs["logger"] = CSVLogger(self.run_directory, name="", version="") if self.subcommand == "fit" else False
-        trainer = super().instantiate_trainer(**kwargs)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if given.logger is None:
+            kwargs["logger"] = MetricsCSV() if self.subcommand == "fit" else False
+        callbacks = as_list(given.callbacks)
+        if given.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            callbacks.append(Checkpoints())
+        for callback in callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.signals = self.signals
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = os.path.join(self.run_directory, "checkpoints")
+        kwargs["callbacks"] = callbacks
+        if SLURMEnvironment.detect():
+            kwargs["plugins"] = [*as_list(given.plugins), SLURMEnvironment(auto_requeue=False)]
+        trainer = super().instantiate_trainer(**kwargs)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV) and logger.directory is None:
+                logger.directory = self.run_directory
         return trainer
 
     def before_fit(self) -> None:
         """Say where the run is."""
         announce(self.trainer, "Run directory")
+        if self.afresh:
+            announce(self.trainer, "There is no checkpoint, and the run starts afresh, in")
 
     def after_fit(self) -> None:
         """Say where the run's files are."""
@@ -87,6 +174,16 @@ class CLI(LightningCLI):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.model.result, indent=2) + "\n")
             print(f"\nTest set\n{table(self.model.result)}\n\nSaved as {path}", flush=True)
+
+
+def launched() -> bool:
+    """Whether this process was started by the first process of the run, under DDP."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and RUN_DIRECTORY in os.environ
+
+
+def as_list(value: Any) -> list[Any]:
+    """Of a setting that may be a list, one of its kind, or nothing."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def announce(trainer: Trainer, what: str) -> None:
@@ -118,16 +215,23 @@ def quieten() -> None:
 
 
 def run(args: list[str] | None) -> None:
-    """Parse the arguments of a sub-command and run it."""
+    """Parse the arguments of a sub-command and run it; `Interrupted` if a signal stops it."""
     quieten()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.samples} under a sub-command
-    CLI(
-        IWModule,
-        LightningDataModule,
-        subclass_mode_data=True,
-        save_config_callback=SaveConfig,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        args=args,
-    )
+    started_by_another = launched()
+    try:
+        with Signals() as signals:
+            CLI(
+                IWModule,
+                LightningDataModule,
+                subclass_mode_data=True,
+                save_config_callback=RunFiles,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_kwargs={"parser_mode": "omegaconf+"},
+                args=args,
+                signals=signals,
+            )
+    except Interrupted:
+        if not started_by_another:  # it speaks for both, and would be killed if this one failed
+            raise

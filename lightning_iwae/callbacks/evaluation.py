@@ -31,11 +31,24 @@ class Evaluation(Callback):
         self.every_n_epochs, self.particles, self.size = every_n_epochs, particles, size
         self._left = 0  # data that this process has still to take in this validation
         self._totals: Totals | None = None
+        self._evaluated = False
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Forget an earlier fit."""
+        self._evaluated = False
+
+    def state_dict(self) -> dict[str, bool]:
+        """Whether there has been an evaluation: a resumed run makes no extra one."""
+        return {"evaluated": self._evaluated}
+
+    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+        """As saved."""
+        self._evaluated = state_dict["evaluated"]
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Is an evaluation due? It is before there is a val/log_px, by which checkpoints may be kept."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        due = trainer.current_epoch % self.every_n_epochs == 0 or "val/log_px" not in trainer.callback_metrics
+        due = trainer.current_epoch % self.every_n_epochs == 0 or not self._evaluated
         self._totals = Totals() if fitting and due else None
         self._left = -(-self.size // trainer.world_size)
 
@@ -63,6 +76,7 @@ class Evaluation(Callback):
         """Log the means over all processes."""
         if self._totals is None:
             return
+        self._evaluated = True
         # not by Lightning's own mean, which rounds the number of data a process down
         result = self._totals.result(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
         means = {f"val/{name}": result[name]["mean"] for name in self._totals.names}

@@ -33,16 +33,25 @@ class GradientSNR(Callback):
         self._probe: Batch | None = None
         self._measured_at = -1
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Forget an earlier fit."""
         self._probe, self._measured_at = None, -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probe, and the step last measured at: a resumed run goes on with both."""
+        return {"probe": self._probe, "measured_at": self._measured_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As saved; a probe of another size is chosen anew."""
+        probe, self._measured_at = state_dict["probe"], state_dict["measured_at"]
+        self._probe = probe if probe is not None and len(split(probe)[0]) == self.size else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Choose the probe, and measure before the first step."""
         if self._probe is None:
             self._probe = self._choose(trainer, pl_module, batch)
-        if trainer.global_step == 0:
-            self._measure(trainer, pl_module, self._probe)
+        self._probe = trainer.strategy.batch_to_device(self._probe)
+        self._measure(trainer, pl_module, self._probe)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Measure if due."""
