@@ -11,9 +11,10 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
+from .checked import CheckedCLI
 from .evaluation import table
 from .module import IWModule
 
@@ -31,8 +32,8 @@ class SaveConfig(SaveConfigCallback):
             self.parser.save(self.config, directory / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
-class CLI(LightningCLI):
-    """LightningCLI with one run directory, one seed and short keys."""
+class CLI(CheckedCLI):
+    """The checked command line with one run directory, one seed and short keys."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything."""
@@ -111,8 +112,12 @@ def fresh_directory() -> Path:
 
 
 def quieten() -> None:
-    """Leave out what Lightning says that is no user's business here: an advertisement, a deprecation of its own."""
+    """Leave out what Lightning says that is no user's business here: an advertisement, a deprecation of its own.
+
+    The seed is in config.yaml, and a line about it would come before what a mistake is answered with.
+    """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec")
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
 
