@@ -1,7 +1,26 @@
 """Importance-weighted auto-encoders whose two networks are trained on separate bounds and estimators."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .estimators import Side
-from .routing import iw_loss
+
+if TYPE_CHECKING:
+    from .estimators import Side
+    from .routing import iw_loss
 
 __all__ = ["Side", "__version__", "iw_loss"]
+HOME = {"Side": ".estimators", "iw_loss": ".routing"}  # imported when first used: torch takes seconds
+
+
+def __getattr__(name: str) -> Any:
+    """The public name `name`, from where it is defined."""
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(HOME[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

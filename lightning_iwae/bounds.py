@@ -15,10 +15,10 @@ def check_log_w(log_w: Tensor) -> None:
         raise ValueError(f"log_w must have shape (M, K, B) with M, K >= 1. Got {tuple(log_w.shape)}.")
 
 
-def check_beta(beta: float) -> None:
-    """Raise ValueError unless 0 <= beta <= 1."""
+def check_beta(beta: float, name: str = "beta") -> None:
+    """Raise ValueError, of the key `name`, unless 0 <= beta <= 1."""
     if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must lie in [0, 1]. Got {beta}.")
+        raise ValueError(f"{name} must lie in [0, 1]. Got {beta}.")
 
 
 def elbo(log_w: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from . import resume
 from .callbacks import Checkpoints
+from .checked import CheckedCLI
 from .evaluation import table
 from .loggers import MetricsCSV
 from .module import IWModule
@@ -68,8 +69,8 @@ def settings(parser: LightningArgumentParser, config: Namespace) -> str:
     return parser.dump(config, skip_none=False)
 
 
-class CLI(LightningCLI):
-    """LightningCLI with one run directory, one seed and short keys."""
+class CLI(CheckedCLI):
+    """The checked command line with one run directory, one seed and short keys."""
 
     def __init__(self, *args: Any, signals: Signals, **kwargs: Any) -> None:
         self.signals = signals
@@ -208,8 +209,12 @@ def fresh_directory() -> Path:
 
 
 def quieten() -> None:
-    """Leave out what Lightning says that is no user's business here: an advertisement, a deprecation of its own."""
+    """Leave out what Lightning says that is no user's business here: an advertisement, a deprecation of its own.
+
+    The seed is in config.yaml, and a line about it would come before what a mistake is answered with.
+    """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec")
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
 

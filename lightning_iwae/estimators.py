@@ -200,7 +200,7 @@ class Side:
                 f"{side}.particles must divide samples ({samples}): one of {divisors}. Got {self.particles}."
             )
         if self.beta is not None:
-            check_beta(self.beta)
+            check_beta(self.beta, f"{side}.beta")
         find(side, self.estimator, self.options)
 
     def check_kl_weight(self, side: str) -> None:

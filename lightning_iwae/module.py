@@ -135,11 +135,7 @@ class IWModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would be wrong without a word, and let Lightning count steps instead of batches."""
-        if self.trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
-            raise ValueError(
-                "trainer.precision must be 32-true, 64-true or bf16-mixed (16-mixed scales two optimisers' gradients "
-                f"apart, and log-weights need 32 bits). Got {self.trainer.precision}."
-            )
+        check_precision(self.trainer.precision)
         self.trainer.accumulate_grad_batches = self.accumulate
 
     def on_fit_end(self) -> None:
@@ -319,6 +315,15 @@ def split(batch: Batch) -> tuple[Tensor, Tensor | None]:
 def cut(batch: Batch, size: int) -> Batch:
     """The first `size` data of a batch, with their labels."""
     return batch[:size].clone() if isinstance(batch, Tensor) else (batch[0][:size].clone(), batch[1][:size].clone())
+
+
+def check_precision(precision: str) -> None:
+    """ValueError for a precision in which training would be wrong."""
+    if precision not in ("32-true", "64-true", "bf16-mixed"):
+        raise ValueError(
+            "trainer.precision must be 32-true, 64-true or bf16-mixed (16-mixed scales two optimisers' gradients "
+            f"apart, and log-weights need 32 bits). Got {precision}."
+        )
 
 
 class Rows(Distribution):

@@ -20,6 +20,8 @@ class LinearGaussian(nn.Module):
 
     def __init__(self, dim: int = 20, variance: float = 2 / 3) -> None:
         super().__init__()
+        if dim < 1:
+            raise ValueError(f"network.dim must be at least 1. Got {dim}.")
         if variance <= 0:
             raise ValueError(f"network.variance must be positive. Got {variance}.")
         self.dim, self.variance = dim, variance

@@ -29,6 +29,9 @@ class MLP(nn.Module):
 
     def __init__(self, pixels: int = 784, latent: int = 50, hidden: Sequence[int] = (200, 200)) -> None:
         super().__init__()
+        for name, width in (("pixels", pixels), ("latent", latent), *(("hidden", width) for width in hidden)):
+            if width < 1:
+                raise ValueError(f"network.{name} must be at least 1. Got {width}.")
         self.pixels = pixels
         self.inference = tanh_layers([pixels, *hidden, 2 * latent])
         self.generative = tanh_layers([latent, *reversed(hidden), pixels])
