@@ -72,13 +72,13 @@ class CheckedCLI(LightningCLI):
         """Parse; on failure, find the reason."""
         command, words = self.words[0], self.words[1:]
         helping = any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in words)
-        request = configs.Request([]) if helping else configs.read(words)
+        self.request = configs.Request([]) if helping else configs.read(words)
         try:
             self.config = parser.parse_args([command, *(absolute(word, command) for word in words)])
         except (Refused, OmegaConfBaseException) as error:
-            message = explain.reason(self._subcommand_parsers[command], request, str(error))
-            raise Mistake(message) from error
-        explain.check_groups(self._subcommand_parsers[command], request.tree)
+            reason = explain.reason(self._subcommand_parsers[command], self.request)
+            raise Mistake(reason or explain.brief(str(error))) from error
+        explain.check_accepted(self._subcommand_parsers[command], self.request)
         check_config(self.config[command], command)
 
     def instantiate_classes(self) -> None:
@@ -88,6 +88,8 @@ class CheckedCLI(LightningCLI):
         except Mistake:
             raise
         except Exception as error:
+            if isinstance(error, TypeError) and (reason := explain.reason(self._parser(self.subcommand), self.request)):
+                raise Mistake(reason) from error  # null, which the parser takes for anything
             blame(error, self.config[self.subcommand])
             raise
 
@@ -151,29 +153,35 @@ def blame(error: BaseException, config: Namespace) -> None:
     source: BaseException | None = error
     while source is not None:
         for frame, _ in traceback.walk_tb(source.__traceback__):
+            if frame.f_code.co_name != "__init__":
+                continue
             cls = type(frame.f_locals.get("self"))
-            key = asked(cls, config) if frame.f_code.co_name == "__init__" else None
+            key = asked(cls, frame.f_locals, config)
             if key is not None and is_about_arguments(source, cls):
                 raise Mistake(worded(key, cls, source)) from error
         source = source.__cause__ or source.__context__
 
 
-def asked(cls: type, config: Namespace) -> str | None:
-    """The key at which a config asks for a `cls`."""
-    if issubclass(cls, LightningModule):
-        return "model"
-    return "data" if issubclass(cls, LightningDataModule) else next(keys_of(cls, config), None)
+def asked(cls: type, arguments: dict[str, Any], config: Namespace) -> str | None:
+    """The key at which a config asks for a `cls` with these arguments, or with others if it was changed since."""
+    if issubclass(cls, LightningModule | LightningDataModule):
+        return "model" if issubclass(cls, LightningModule) else "data"
+    specs = [(key, spec) for key, spec in specs_of(config) if spec.class_path.rpartition(".")[2] == cls.__name__]
+    for key, spec in specs:
+        if all(arguments.get(name) == value for name, value in vars(spec.get("init_args") or Namespace()).items()):
+            return key
+    return specs[0][0] if specs else None
 
 
-def keys_of(cls: type, config: Any, prefix: str = "") -> Iterator[str]:
-    """The keys at which a config names `cls` in a class_path."""
-    for name, value in (config if isinstance(config, dict) else vars(config)).items():
+def specs_of(config: Namespace, prefix: str = "") -> Iterator[tuple[str, Namespace]]:
+    """(key, {class_path, init_args}) of every class that a config names."""
+    for name, value in vars(config).items():
         for i, element in enumerate(value if isinstance(value, list) else [value]):
             key = f"{prefix}{name}" + (f"[{i}]" if isinstance(value, list) else "")
-            if isinstance(element, dict | Namespace):
-                if str(element.get("class_path", "")).rpartition(".")[2] == cls.__name__:
-                    yield key
-                yield from keys_of(cls, element, f"{key}.")
+            if isinstance(element, Namespace):
+                if isinstance(element.get("class_path"), str):
+                    yield key, element
+                yield from specs_of(element, f"{key}.")
 
 
 def is_about_arguments(error: BaseException, cls: type) -> bool:

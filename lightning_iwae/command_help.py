@@ -21,7 +21,8 @@ usage: python -m lightning_iwae {name} -c CONFIG [-c OVERLAY ...] [--KEY VALUE .
 
 {name}: {what}
 
-Every key can stand in a config or on the command line, which wins; a later file wins over an earlier one. In a config `model.phi.particles` is {{model: {{phi: {{particles: 8}}}}}}.
+Every key can stand in a config or on the command line, which wins; a later file wins over an earlier one.
+In a config `model.phi.particles` is {{model: {{phi: {{particles: 8}}}}}}.
 """
 CLASSES = """\
 CLASS is a dotted path, yours or one below; its arguments follow as init_args:

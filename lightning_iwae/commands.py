@@ -233,6 +233,7 @@ def run(args: list[str] | None) -> None:
                 save_config_callback=RunFiles,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # no hyper-parameters in checkpoints: config.yaml has them
                 parser_kwargs={"parser_mode": "omegaconf+"},
                 args=args,
                 signals=signals,

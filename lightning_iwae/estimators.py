@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .bounds import check_beta, check_log_w
+from .mistakes import did_you_mean, nearest
 from .weights import normalised
 
 ThetaEstimator = Callable[..., Tensor]
@@ -163,6 +164,7 @@ def _imported(side: str, name: str, known: list[str]) -> Callable:
         raise ValueError(
             f"{side}: unknown estimator {name!r}{f' ({error})' if module else ''}. "
             f"Known for {side}: {', '.join(known)}, or package.module.function for one of your own."
+            f"{did_you_mean(nearest(name, known))}"
         ) from error
     return function
 

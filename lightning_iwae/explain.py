@@ -28,14 +28,13 @@ class Fault(NamedTuple):
     text: str
 
 
-def reason(parser: ArgumentParser, request: Request, message: str) -> str:
-    """What to tell the user whose `request` the `parser` has refused with `message`."""
+def reason(parser: ArgumentParser, request: Request) -> str | None:
+    """What to tell the user whose `request` the `parser` has refused, if it can be found."""
     try:
-        tree = resolved(parser, request)
+        faults = list(walk(parser, resolved(parser, request), "", request))
     except Mistake as mistake:
         return str(mistake)
-    faults = list(walk(parser, tree, "", request))
-    return min(faults, key=lambda fault: fault.rank).text if faults else brief(message)
+    return min(faults, key=lambda fault: fault.rank).text if faults else None
 
 
 def brief(message: str) -> str:
@@ -48,7 +47,7 @@ def brief(message: str) -> str:
 # ---------------------------------------------------------------------------------------------- references
 def resolved(parser: ArgumentParser, request: Request) -> dict[str, Any]:
     """The request's tree, with ${} replaced. Mistake for a reference that leads nowhere."""
-    tree = request.tree
+    tree: dict[str, Any] = request.tree
     if "${" not in str(tree):
         return tree
     full = parser.get_defaults(skip_validation=True).as_dict()
@@ -77,16 +76,8 @@ def bad_reference(error: OmegaConfBaseException, full: dict[str, Any], request: 
     target = problem.split("'")[1] if problem.startswith("Interpolation key '") else ""
     if not target:
         return f"{what} has a ${{}} that can't be resolved: {problem}."
-    return f"{what} refers to ${{{target}}}, which is no key.{did_you_mean(nearest(target, dotted(full)))}"
-
-
-def dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys of all values."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+    near = did_you_mean(nearest(target, [key for key, _ in nodes(full)]))
+    return f"{what} refers to ${{{target}}}, which is no key.{near}"
 
 
 # ---------------------------------------------------------------------------------------------- keys
@@ -123,11 +114,13 @@ def options_of(parser: ArgumentParser) -> dict[str, Any]:
 def unknown(key: str, own: str, known: Iterable[str], prefix: str, request: Request) -> str:
     """What to say of a key that is none: the nearest beside it, else the nearest anywhere, else all beside it."""
     group, _, name = own.rpartition(".")
-    beside = [k for k in known if k.rpartition(".")[0] == group] or list(known)
+    beside = [k for k in known if k.rpartition(".")[0] == group]
     beside += [] if group else sorted({k.partition(".")[0] for k in known if "." in k})
+    names = {k.rpartition(".")[2]: k for k in beside}
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]
-    near = nearest(own, beside, 0.7) or next(iter(elsewhere), None) or nearest(own, known)
-    listed = f" Known there: {', '.join(k.rpartition('.')[2] for k in beside)}." if len(beside) < 20 else ""
+    near = names.get(nearest(name, names, 0.8) or "") or next(iter(elsewhere), None)
+    near = near or names.get(nearest(name, names) or "") or nearest(own, known, 0.85)
+    listed = f" Known there: {', '.join(names)}." if len(names) < 20 else ""
     return f"{key}{request.where(key)} is not a known key.{did_you_mean(prefix + near) if near else listed}"
 
 
@@ -144,23 +137,41 @@ def missing(parser: ArgumentParser, tree: dict[str, Any], prefix: str, linked: d
             yield Fault(1, f"{prefix}{key} is missing: it must be {what}.")
 
 
-def check_groups(parser: ArgumentParser, tree: dict[str, Any], prefix: str = "") -> None:
-    """Mistake for a list where a mapping of keys is due, which the parser lets through."""
+def check_accepted(parser: ArgumentParser, request: Request) -> None:
+    """Mistake for what the parser takes without a word: no mapping for a group, null for a number, linked keys."""
+    known, tree = options_of(parser), request.tree
+    for key, value in nodes(tree):
+        hint = getattr(known.get(key), "_typehint", None)
+        if any(k.startswith(f"{key}.") for k in known) and not isinstance(value, dict | str):
+            raise Mistake(f"{key}{request.where(key)} must be a mapping of keys. Got {shown(value)}.")
+        if value is None and hint is not None and not allows_null(hint):
+            raise Mistake(not_of_type(key, None, hint, request))
+    for target, source in getattr(parser, "linked", {}).items():
+        for key in (target, target.replace(".init_args", "")):
+            if key in dict(nodes(tree)):
+                raise Mistake(f"{key}{request.where(key)} follows {source}. Set that instead.")
+
+
+def nodes(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value and mapping."""
     for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if any(k.startswith(f"{key}.") for k in options_of(parser)):
-            if isinstance(value, list):
-                raise Mistake(f"{key} must be a mapping of keys. Got {shown(value)}.")
-            if isinstance(value, dict):
-                check_groups(parser, value, f"{key}.")
+        yield f"{prefix}{name}", value
+        if isinstance(value, dict):
+            yield from nodes(value, f"{prefix}{name}.")
+
+
+def allows_null(hint: Any) -> bool:
+    """Whether null is a value of this type, as far as can be known."""
+    return any(part is type(None) or not (part in WORDS or get_origin(part) is Literal) for part in members(hint))
 
 
 # ---------------------------------------------------------------------------------------------- values
 def check(key: str, value: Any, hint: Any, request: Request) -> Iterator[Fault]:
     """What is wrong with one value of the type `hint`."""
-    if fits(value, hint):
-        return
+    fine = allows_null(hint) if value is None else fits(value, hint)
     bases = classes(hint)
+    if fine and not (bases and isinstance(value, dict | list) and "None" in str(value)):  # a null may lie deeper
+        return
     if isinstance(value, list) and (item := item_of(hint)) is not None:
         for i, element in enumerate(value):
             yield from check(f"{key}[{i}]", element, item, request)
@@ -168,7 +179,7 @@ def check(key: str, value: Any, hint: Any, request: Request) -> Iterator[Fault]:
         yield from walk(parser_of(bases[0], set()), value, f"{key}.", request)
     elif bases and (isinstance(value, dict) or (isinstance(value, str) and str not in members(hint))):
         yield from check_class(key, value, hint, bases, request)
-    else:
+    elif not fine:
         yield Fault(0, not_of_type(key, value, hint, request))
 
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "randomness": set(),
     "models": set(),
     "bounds": {"weights"},
-    "estimators": {"bounds", "weights"},
+    "estimators": {"bounds", "weights", "mistakes"},
     "routing": {"bounds", "estimators", "weighing", "models.base"},
     "diagnostics": {"weights"},
     "evaluation": {"diagnostics", "weights"},
