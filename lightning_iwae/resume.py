@@ -20,14 +20,17 @@ def read(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"ckpt_path: {path} is no checkpoint, or has been cut short ({path.stat().st_size} bytes).")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"ckpt_path: {path} must hold tensors and plain values only, and is not loaded, since other objects can "
             f"run code of their own. It holds {_global(error)}."
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"ckpt_path: {path} is damaged: {str(error).splitlines()[0]}.") from None
+    except Exception as error:  # a broken pickle can raise anything
+        raise ValueError(f"ckpt_path: {path} is damaged: {error}.") from error
     missing = [key for key in ("state_dict", "loops") if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise ValueError(f"ckpt_path: {path} is no checkpoint of a run: it has no {missing[0]}.")

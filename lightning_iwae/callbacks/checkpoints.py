@@ -68,9 +68,9 @@ class Checkpoints(Checkpoint):
         self._forget()
 
     def _forget(self) -> None:
-        self._after_step: dict[str, Any] | None = None  # the loops' state as of the last whole step
-        self._loops: dict[str, Any] | None = None  # the one to save
-        self._due = self._stepped = False
+        self._point: dict[str, Any] | None = None  # the loops' state as of the last step, if it is wanted
+        self._loops: dict[str, Any] | None = None  # the one being saved
+        self._due, self._signal = False, 0
         self._saved_at = time.monotonic()
 
     @property
@@ -117,11 +117,13 @@ class Checkpoints(Checkpoint):
             self.signals.deferred = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep where the loops are, if a step has just been completed."""
-        self._stepped, self._after_step = True, None
-        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._after_step = trainer.fit_loop.state_dict()
-            self._due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        """Keep where the loops are, if a step has been completed after which to save or to stop."""
+        self._point = None
+        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # half a step: its gradients so far are in no checkpoint
+        self._agree(trainer)
+        if self._due or self._signal or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._point = trainer.fit_loop.state_dict()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the best."""
@@ -133,43 +135,43 @@ class Checkpoints(Checkpoint):
             rank_zero_warn(f"No best.ckpt is kept: Checkpoints.monitor is {self.monitor}, but there are only {known}.")
         elif value > (-math.inf if self.best is None else self.best):
             self.best = value
-            self._save(trainer, "best", None)
+            self._save(trainer, "best")
+        if trainer.should_stop and self._point is None and not trainer.fit_loop._should_accumulate():
+            self._point = trainer.fit_loop.state_dict()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep where the loops are: at the start of the next epoch, unless the run stops within this one."""
         if trainer.is_last_batch:
-            self._after_step = trainer.fit_loop.state_dict()
-            for progress in self._after_step["epoch_progress"].values():
+            self._point = trainer.fit_loop.state_dict()
+            for progress in self._point["epoch_progress"].values():
                 progress["completed"] = progress["processed"]
-            epochs = trainer.current_epoch + 1
-            self._due |= self.every_n_epochs is not None and epochs % self.every_n_epochs == 0
+            self._due |= self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Save if that is due, and stop if a signal has come; all processes agree on both."""
-        signum, due = self._agree(trainer)
-        if self._after_step is not None and (due or signum):
-            self._save(trainer, "last", self._after_step)
-        if signum and (self._after_step is not None or not self._stepped):
-            raise Interrupted(signum, self._farewell(trainer))
+        """Save if that is due, and stop if a signal has come."""
+        if self._point is not None and (self._due or self._signal):
+            self._save(trainer, "last", self._point)
+            if self._signal:
+                raise Interrupted(self._signal, self._farewell(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the final state."""
-        if self._after_step is not None:
-            self._save(trainer, "last", self._after_step)
+        self._save(trainer, "last", self._point)
         if self.signals is not None:
             self.signals.deferred = False
 
     # -------------------------------------------------------------------------------------------- saving
-    def _agree(self, trainer: Trainer) -> tuple[int, int]:
-        minutes = (time.monotonic() - self._saved_at) / 60
-        late = self.every_n_minutes is not None and minutes >= self.every_n_minutes
-        signum, due = self.signals.received if self.signals is not None else 0, int(self._due or late)
+    def _agree(self, trainer: Trainer) -> None:
+        """Is it time to save, and has a signal come? What one process says goes for all."""
+        late = self.every_n_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        now = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        signum, due = self.signals.received if self.signals is not None else 0, int(self._due or late or now)
         if trainer.world_size > 1:
             wanted = torch.tensor([signum, due], device=trainer.strategy.root_device)
             signum, due = trainer.strategy.reduce(wanted, reduce_op="max").tolist()
-        return signum, due
+        self._signal, self._due = signum, bool(due)
 
-    def _save(self, trainer: Trainer, name: str, loops: dict[str, Any] | None) -> None:
+    def _save(self, trainer: Trainer, name: str, loops: dict[str, Any] | None = None) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._loops = loops
@@ -179,7 +181,5 @@ class Checkpoints(Checkpoint):
             self._due, self._saved_at = False, time.monotonic()
 
     def _farewell(self, trainer: Trainer) -> str:
-        last = self._folder / "last.ckpt"
-        where = f"Saved as {last}" if self._stepped else "Nothing new to save"
         resume = f"--trainer.default_root_dir {trainer.default_root_dir} --ckpt_path last"
-        return f"stopped after step {trainer.global_step}. {where}; go on with {resume}"
+        return f"stopped after step {trainer.global_step}, saved as {self._folder / 'last.ckpt'}. Go on with {resume}"
