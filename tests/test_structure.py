@@ -58,7 +58,6 @@ OUTSIDE = {
     "_version": set(),
     "__init__": set(),
     "__main__": set(),
-    "randomness": set(),
     "writing": set(),
     "signals": set(),
     "loggers": {"lightning"},
