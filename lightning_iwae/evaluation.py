@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,17 +77,20 @@ def evaluate(model: Any, x: Tensor, particles: int) -> Keyed:
 class Totals:
     """Running sums of per-datum figures, from which means, standard errors and active units are taken.
 
-    Sums, since those of several processes add up exactly, however unevenly the data fall to them.
+    Sums, since those of several processes add up exactly, however unevenly the data fall to them. Active units only
+    where posterior means were given.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.sums: Tensor | None = None  # (3, number of figures + Z): count, sum, sum of squares
 
-    def add(self, figures: Keyed, posterior_mean: Tensor) -> None:
-        """Figures (B,) by name, and the posterior means (B, Z)."""
+    def add(self, figures: Keyed, posterior_mean: Tensor | None = None) -> None:
+        """Figures (B,) by name, and the posterior means (B, ...)."""
         self.names = list(figures)
-        rows = torch.cat([torch.stack(list(figures.values()), 1), posterior_mean.flatten(1).double()], 1)
+        rows = torch.stack(list(figures.values()), 1)
+        if posterior_mean is not None:
+            rows = torch.cat([rows, posterior_mean.flatten(1).double()], 1)
         new = torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)])
         self.sums = new if self.sums is None else self.sums + new
 
@@ -102,7 +105,16 @@ class Totals:
         out: dict[str, Any] = {
             k: {"mean": m.item(), "se": e.item()} for k, m, e in zip(self.names, mean, se, strict=False)
         }
-        return out | {"active_units": active_units(variance[len(self.names) :])}
+        units = variance[len(self.names) :]
+        return out | {"active_units": active_units(units)} if len(units) else out
+
+
+def moment(q: Any, name: Literal["mean", "stddev"]) -> Tensor | None:
+    """A distribution's mean or standard deviation; None where it knows none, as a flow's."""
+    try:
+        return getattr(q, name)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def table(result: dict[str, Any]) -> str:
@@ -116,4 +128,6 @@ def table(result: dict[str, Any]) -> str:
         "ess": f"ESS / {result['particles']}",
     }
     rows = [f"{label:<46}{result[k]['mean']:>12.4f} +- {result[k]['se']:.4f}" for k, label in labels.items()]
-    return "\n".join([*rows, f"{'active units (posterior mean varies by > 0.01)':<46}{result['active_units']:>7}"])
+    if "active_units" in result:
+        rows.append(f"{'active units (posterior mean varies by > 0.01)':<46}{result['active_units']:>7}")
+    return "\n".join(rows)

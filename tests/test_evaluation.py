@@ -9,9 +9,9 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from torch.distributions import MultivariateNormal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution, kl_divergence
 
-from lightning_iwae.evaluation import Totals, evaluate, importance_sample, table
+from lightning_iwae.evaluation import Totals, evaluate, importance_sample, moment, table
 from lightning_iwae.models import LinearGaussian
 from lightning_iwae.weights import ess
 
@@ -323,6 +323,24 @@ def test_posterior_means_of_any_shape_count_each_unit():
     assert totals.result()["active_units"] == (means.var(0, ddof=1) > 0.01).sum()
 
 
+def test_figures_alone_have_no_active_units():
+    figures, _ = random_figures(40)
+    totals = Totals()
+    for rows in (slice(0, 9), slice(9, 40)):
+        totals.add({k: torch.from_numpy(v[rows]) for k, v in figures.items()})
+    result = totals.result()
+    assert list(result) == list(figures)
+    assert result["elbo"]["mean"] == pytest.approx(figures["elbo"].mean(), rel=1e-12)
+
+
+def test_moments_are_those_that_a_distribution_knows():
+    normal = Normal(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    assert moment(normal, "mean").tolist() == [1, 2] and moment(normal, "stddev").tolist() == [3, 4]
+    flow = TransformedDistribution(normal, [SigmoidTransform()])  # raises NotImplementedError
+    assert moment(flow, "mean") is None and moment(flow, "stddev") is None
+    assert moment(SimpleNamespace(mean=normal.mean), "stddev") is None  # not of torch
+
+
 def test_one_datum_has_a_mean_but_no_error():
     figures, means = random_figures(1)
     result = totals_of(figures, means, slice(None)).result()
@@ -342,6 +360,7 @@ def test_table_prints_every_figure():
     for i in range(len(names)):
         assert f"{-10.5 - i:.4f} +- {0.125 + i:.4f}" in text
     assert "active units" in text and " 23" in text
+    assert table(result | {"particles": 4321}).splitlines() == text.splitlines()[:-1]  # without the active units
     assert text.count("4321") == 2  # log p(x) and ESS say of how many
     assert len(text.splitlines()) == len(names) + 1
     assert len({line.index("-1") for line in text.splitlines()[:-1]}) == 1  # in one column

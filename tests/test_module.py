@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
-from torch.distributions import Independent, LogNormal, Normal
+from torch.distributions import ExpTransform, Independent, LogNormal, Normal, TransformedDistribution
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import lightning_iwae
@@ -821,6 +821,21 @@ def test_validate_reports_what_test_does():
     trainer.test(module, data, verbose=False)
     assert module.result == validated
     assert trainer.callback_metrics["test/log_px"] < trainer.callback_metrics["test/kl_is_64"]
+
+
+class FlowPosterior(MLP):
+    """Whose q(z | x) has no closed mean, as normalising flows have none."""
+
+    def posterior(self, x):
+        return TransformedDistribution(super().posterior(x), [ExpTransform()])
+
+
+def test_without_posterior_means_active_units_are_left_out():
+    torch.manual_seed(0)
+    module, trainer = iw_module(FlowPosterior(pixels=64, latent=3, hidden=[8])), quiet_trainer()
+    trainer.test(module, digits(), verbose=False)
+    assert "active_units" not in module.result and "test/active_units" not in trainer.callback_metrics
+    assert math.isfinite(module.result["log_px"]["mean"]) and module.result["ess"]["se"] > 0
 
 
 # ------------------------------------------------------------------------------------------------- a user's network

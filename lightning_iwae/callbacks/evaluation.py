@@ -67,7 +67,7 @@ class Evaluation(Callback):
         if hasattr(network, "exact_log_px"):
             values["exact_log_px"] = network.exact_log_px(x)
             values["exact_kl_q_posterior"] = network.exact_kl(x)
-        self._totals.add(values, x.new_empty(len(x), 0))
+        self._totals.add(values)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log the means over all processes."""
