@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from . import __version__, bounds, routing
 from .estimators import Side
-from .evaluation import Totals, evaluate, importance_sample, moment
+from .evaluation import Totals, evaluate_for_means, importance_sample, moment
 from .models import check_model, given
 from .randomness import seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
@@ -285,7 +285,7 @@ class IWModule(LightningModule):
             self._totals = Totals()
         x, y = split(batch)
         model = given(self.network, y)
-        self._totals.add(evaluate(model, x, self.test_particles), moment(model.posterior(x), "mean"))
+        self._totals.add(evaluate_for_means(model, x, self.test_particles), moment(model.posterior(x), "mean"))
 
     def on_test_epoch_end(self) -> None:
         """Means and standard errors: logged as test/* (val/*), kept in `result`, printed by the command line."""

@@ -11,7 +11,8 @@ import scipy.stats
 import torch
 from torch.distributions import MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution, kl_divergence
 
-from lightning_iwae.evaluation import Totals, evaluate, importance_sample, moment, table
+from lightning_iwae.diagnostics import Tail, pareto_k
+from lightning_iwae.evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment, table
 from lightning_iwae.models import LinearGaussian
 from lightning_iwae.weights import ess
 
@@ -96,7 +97,7 @@ def test_empty_batch():
     for chunk in (3, None):
         for values in importance_sample(script(10, 0), torch.zeros(0, 4), 10, chunk):
             assert values.shape == (0,) and values.dtype == torch.float64
-    figures = evaluate(LinearGaussian(3), torch.zeros(0, 3), 70)
+    figures = evaluate(LinearGaussian(3), torch.zeros(0, 3), 70, k_hat=True)
     assert all(values.shape == (0,) for values in figures.values())
 
 
@@ -246,6 +247,36 @@ def test_evaluate_names_its_figures():
     np.testing.assert_allclose(figures["kl_is_64"], log_px - at_64, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 45, 46, 99, 100, None])
+def test_k_hat_in_chunks_is_that_of_all_weights_at_once(chunk):
+    model = script(100, 7)
+    model.log_w[:, 1] += 1e4
+    model.log_w[::2, 2] = -math.inf
+    model.log_w[:, 3] = model.log_w[:, 3].round()  # ties
+    model.log_w[:, 4] = -90.0
+    tail = Tail(100)
+    importance_sample(model, torch.zeros(7, 2), 100, chunk, tail.add)
+    # with assert_close, as (z + 1 + 2) - 3 rounds
+    torch.testing.assert_close(tail.k_hat(), pareto_k(model.log_w, 0), rtol=1e-9, atol=1e-9)
+    assert torch.equal(pareto_k(model.log_w.T, 1), pareto_k(model.log_w, 0))
+    assert tail.k_hat()[4] == -math.inf
+
+
+def test_k_hat_comes_where_it_is_asked_for():
+    torch.manual_seed(0)
+    plain = evaluate(LinearGaussian(3), torch.zeros(5, 3), 70)
+    torch.manual_seed(0)
+    figures = evaluate(LinearGaussian(3), torch.zeros(5, 3), 70, k_hat=True)
+    torch.manual_seed(0)
+    means = evaluate_for_means(LinearGaussian(3), torch.zeros(5, 3), 70)
+    assert list(figures) == [*plain, "k_hat"] and list(means) == [*plain, "k_hat_above_0.7"]
+    assert all(torch.equal(values, figures[k]) and torch.equal(values, means[k]) for k, values in plain.items())
+    assert torch.equal(means["k_hat_above_0.7"], (figures["k_hat"] > 0.7).double())
+    assert list(evaluate_for_means(LinearGaussian(3), torch.zeros(5, 3), 24)) == list(plain)  # too few to tell
+    with pytest.raises(ValueError, match=r"at least 25 particles. Got 24"):
+        evaluate(LinearGaussian(3), torch.zeros(5, 3), 24, k_hat=True)
+
+
 def test_both_kls_are_what_they_are_named():
     torch.manual_seed(0)
     oracle = Oracle()
@@ -354,7 +385,7 @@ def test_no_data_is_an_error():
 
 
 def test_table_prints_every_figure():
-    names = list(evaluate(LinearGaussian(2), torch.zeros(1, 2), 3))
+    names = list(evaluate_for_means(LinearGaussian(2), torch.zeros(1, 2), 30))
     result = {name: {"mean": -10.5 - i, "se": 0.125 + i} for i, name in enumerate(names)}
     text = table(result | {"active_units": 23, "particles": 4321})
     for i in range(len(names)):
