@@ -6,10 +6,12 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .estimators import Side
+    from .loading import load
     from .routing import iw_loss
 
-__all__ = ["Side", "__version__", "iw_loss"]
-HOME = {"Side": ".estimators", "iw_loss": ".routing"}  # imported when first used: torch takes seconds
+__all__ = ["Side", "__version__", "iw_loss", "load"]
+# imported when first used: torch takes seconds
+HOME = {"Side": ".estimators", "iw_loss": ".routing", "load": ".loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .diagnostics import active_units
+from .diagnostics import LEAST_PARTICLES, Tail, active_units
 
 Keyed = dict[str, Tensor]
 
@@ -21,7 +21,9 @@ class Streamed(NamedTuple):
 
 
 @torch.no_grad()
-def importance_sample(model: Any, x: Tensor, particles: int, chunk: int | None = None) -> Streamed:
+def importance_sample(
+    model: Any, x: Tensor, particles: int, chunk: int | None = None, watch: Callable[[Tensor], None] | None = None
+) -> Streamed:
     """Estimate log p(x), the ELBO and the ESS from exactly `particles` draws of z ~ q(z | x) per datum.
 
     The encoder runs once. Samples are drawn, weighed and forgotten `chunk` at a time, so that memory does not grow
@@ -32,6 +34,7 @@ def importance_sample(model: Any, x: Tensor, particles: int, chunk: int | None =
         x: batch (B, ...).
         particles: K.
         chunk: particles held at once; by default as many as keep a chunk's data near 4 million numbers.
+        watch: is given each chunk's log-weights (chunk, B), in float64, for what else is wanted of them.
     """
     if particles < 1:
         raise ValueError(f"particles must be at least 1. Got {particles}.")
@@ -40,6 +43,8 @@ def importance_sample(model: Any, x: Tensor, particles: int, chunk: int | None =
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1. Got {chunk}.")
     if not len(x):  # a process's share of a short batch; torch.distributions can't sum over nothing
+        if watch is not None:
+            watch(x.new_zeros(particles, 0))
         return Streamed(*x.new_zeros(3, 0, dtype=torch.float64))
     q, prior = model.posterior(x), model.prior()
     total = torch.zeros(len(x), device=x.device, dtype=torch.float64)
@@ -48,6 +53,8 @@ def importance_sample(model: Any, x: Tensor, particles: int, chunk: int | None =
     for start in range(0, particles, chunk):
         z = q.rsample((min(chunk, particles - start),))
         log_w = (prior.log_prob(z) + model.likelihood(z).log_prob(x) - q.log_prob(z)).double()
+        if watch is not None:
+            watch(log_w)
         total += log_w.sum(0)
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
         log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_w).logsumexp(0))
@@ -56,15 +63,17 @@ def importance_sample(model: Any, x: Tensor, particles: int, chunk: int | None =
     return Streamed(log_sum - math.log(particles), total / particles, ess)
 
 
-def evaluate(model: Any, x: Tensor, particles: int) -> Keyed:
+def evaluate(model: Any, x: Tensor, particles: int, k_hat: bool = False) -> Keyed:
     """The figures of one batch per datum, each (B,): log_px, elbo, iwae_64, both KLs (nats) and ess (fraction of K).
 
     `kl_q_posterior` = log_px - elbo estimates KL(q(z|x) || p(z|x)). `kl_is_64` = log_px - iwae_64 is the same for the
-    64-particle extended distributions: Rainforth et al.'s "KL(Q||P)" (arXiv 1802.04537, table 1).
+    64-particle extended distributions: Rainforth et al.'s "KL(Q||P)" (arXiv 1802.04537, table 1). `k_hat`, if asked
+    for, says whether log_px can be relied on: see `diagnostics.Tail`.
     """
+    tail = Tail(particles) if k_hat else None
     at_64 = importance_sample(model, x, 64).log_px
-    log_px, elbo, ess = importance_sample(model, x, particles)
-    return {
+    log_px, elbo, ess = importance_sample(model, x, particles, watch=tail.add if tail else None)
+    figures = {
         "iwae_64": at_64,
         "log_px": log_px,
         "elbo": elbo,
@@ -72,22 +81,34 @@ def evaluate(model: Any, x: Tensor, particles: int) -> Keyed:
         "kl_is_64": log_px - at_64,
         "ess": ess,
     }
+    return figures | {"k_hat": tail.k_hat()} if tail else figures
+
+
+def evaluate_for_means(model: Any, x: Tensor, particles: int) -> Keyed:
+    """As `evaluate`, all of which can be averaged: of k-hat, if there are particles enough, whether it is over 0.7."""
+    figures = evaluate(model, x, particles, particles >= LEAST_PARTICLES)
+    if "k_hat" in figures:
+        figures["k_hat_above_0.7"] = (figures.pop("k_hat") > 0.7).double()
+    return figures
 
 
 class Totals:
     """Running sums of per-datum figures, from which means, standard errors and active units are taken.
 
-    Sums, since those of several processes add up exactly, however unevenly the data fall to them.
+    Sums, since those of several processes add up exactly, however unevenly the data fall to them. Active units only
+    where posterior means were given.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.sums: Tensor | None = None  # (3, number of figures + Z): count, sum, sum of squares
 
-    def add(self, figures: Keyed, posterior_mean: Tensor) -> None:
-        """Figures (B,) by name, and the posterior means (B, Z)."""
+    def add(self, figures: Keyed, posterior_mean: Tensor | None = None) -> None:
+        """Figures (B,) by name, and the posterior means (B, ...)."""
         self.names = list(figures)
-        rows = torch.cat([torch.stack(list(figures.values()), 1), posterior_mean.flatten(1).double()], 1)
+        rows = torch.stack(list(figures.values()), 1)
+        if posterior_mean is not None:
+            rows = torch.cat([rows, posterior_mean.flatten(1).double()], 1)
         new = torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)])
         self.sums = new if self.sums is None else self.sums + new
 
@@ -102,7 +123,16 @@ class Totals:
         out: dict[str, Any] = {
             k: {"mean": m.item(), "se": e.item()} for k, m, e in zip(self.names, mean, se, strict=False)
         }
-        return out | {"active_units": active_units(variance[len(self.names) :])}
+        units = variance[len(self.names) :]
+        return out | {"active_units": active_units(units)} if len(units) else out
+
+
+def moment(q: Any, name: Literal["mean", "stddev"]) -> Tensor | None:
+    """A distribution's mean or standard deviation; None where it knows none, as a flow's."""
+    try:
+        return getattr(q, name)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def table(result: dict[str, Any]) -> str:
@@ -114,6 +144,9 @@ def table(result: dict[str, Any]) -> str:
         "kl_q_posterior": "KL(q || posterior) = log p(x) - ELBO (nats)",
         "kl_is_64": "KL of 64 particles = log p(x) - L_64 (nats)",
         "ess": f"ESS / {result['particles']}",
+        "k_hat_above_0.7": "Pareto k-hat > 0.7: log p(x) is unreliable",
     }
-    rows = [f"{label:<46}{result[k]['mean']:>12.4f} +- {result[k]['se']:.4f}" for k, label in labels.items()]
-    return "\n".join([*rows, f"{'active units (posterior mean varies by > 0.01)':<46}{result['active_units']:>7}"])
+    rows = [f"{labels[k]:<46}{result[k]['mean']:>12.4f} +- {result[k]['se']:.4f}" for k in labels if k in result]
+    if "active_units" in result:
+        rows.append(f"{'active units (posterior mean varies by > 0.01)':<46}{result['active_units']:>7}")
+    return "\n".join(rows)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from . import __version__, bounds, routing
 from .estimators import Side
-from .evaluation import Totals, evaluate, importance_sample
+from .evaluation import Totals, evaluate_for_means, importance_sample, moment
 from .models import check_model, given
 from .randomness import seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
@@ -285,14 +285,14 @@ class IWModule(LightningModule):
             self._totals = Totals()
         x, y = split(batch)
         model = given(self.network, y)
-        self._totals.add(evaluate(model, x, self.test_particles), model.posterior(x).mean)
+        self._totals.add(evaluate_for_means(model, x, self.test_particles), moment(model.posterior(x), "mean"))
 
     def on_test_epoch_end(self) -> None:
         """Means and standard errors: logged as test/* (val/*), kept in `result`, printed by the command line."""
         result = self._totals.result(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
         stage = "test" if self.trainer.testing else "val"
-        means = {f"{stage}/{k}": v["mean"] for k, v in result.items() if isinstance(v, dict)}
-        self.log_dict(means | {f"{stage}/active_units": float(result["active_units"])}, sync_dist=True)
+        means = {f"{stage}/{k}": v["mean"] if isinstance(v, dict) else float(v) for k, v in result.items()}
+        self.log_dict(means, sync_dist=True)
         data = getattr(self.trainer, "datamodule", None)
         self.result = result | {
             "particles": self.test_particles,

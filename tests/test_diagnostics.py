@@ -1,4 +1,4 @@
-"""SNR and DSNR against NumPy's plain formulas, and their floors against pure noise and closed forms."""
+"""SNR and DSNR against NumPy's plain formulas, their floors against pure noise and closed forms, Pareto k-hat."""
 
 import math
 
@@ -8,7 +8,7 @@ import scipy.special
 import scipy.stats
 import torch
 
-from lightning_iwae.diagnostics import SNR, active_units, signal_to_noise
+from lightning_iwae.diagnostics import SNR, Tail, _pareto_shape, active_units, pareto_k, signal_to_noise
 
 
 def z_score(sample, expected):
@@ -203,3 +203,111 @@ def test_active_units_lie_above_the_threshold():
     assert active_units(variances) == 2
     assert active_units(variances, 0.5) == 1
     assert active_units(variances[:0]) == 0
+
+
+# --- Pareto k-hat -------------------------------------------------------------------------------------------
+
+
+def plain_pareto_k(log_w):
+    """One datum's, in Python's numbers, step by step as Vehtari et al. and Zhang and Stephens write it."""
+    S = len(log_w)
+    w = sorted(math.exp(v - max(log_w)) for v in log_w)
+    M = math.ceil(min(S / 5, 3 * S**0.5))
+    cut = w[S - M - 1]
+    x = [v - cut for v in w[S - M :] if v > cut]
+    n = len(x)
+    m = 30 + math.floor(n**0.5)
+    quartile = x[math.floor(n / 4 + 0.5) - 1]
+    thetas = [1 / x[-1] + (1 - (m / (j - 0.5)) ** 0.5) / (3 * quartile) for j in range(1, m + 1)]
+
+    def shape(theta):
+        return sum(math.log(1 - theta * v) for v in x) / n
+
+    likelihoods = [n * (math.log(-theta / shape(theta)) - shape(theta) - 1) for theta in thetas]
+    weights = [1 / sum(math.exp(other - mine) for other in likelihoods) for mine in likelihoods]
+    k = shape(sum(theta * weight for theta, weight in zip(thetas, weights, strict=True)))
+    return (n * k + 10 * 0.5) / (n + 10)
+
+
+@pytest.mark.parametrize("S", [25, 26, 100, 225, 1000])
+def test_k_hat_equals_the_plain_formula(S):
+    log_w = np.concatenate([noise(S, 3), 3 * noise(S, 3, seed=1), np.round(noise(S, 3, seed=2), 2)], 1)
+    expected = [plain_pareto_k(column) for column in log_w.T.tolist()]
+    np.testing.assert_allclose(pareto_k(torch.from_numpy(log_w)), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [-0.3, 0.0, 0.3, 0.7, 1.2])
+def test_k_hat_of_pareto_weights_is_their_shape(shape):
+    S, tail = 10_000, 300
+    w = scipy.stats.genpareto(shape).rvs((S, 100), random_state=0)
+    k_hat = pareto_k(torch.from_numpy(np.log(w))).numpy()
+    drawn_to_a_half = (tail * shape + 5) / (tail + 10)
+    assert k_hat.mean() == pytest.approx(drawn_to_a_half, abs=0.02)
+    for column, mine in zip(w.T[:3], k_hat, strict=False):  # the likeliest shape of the same tail
+        ordered = np.sort(column)
+        fitted, *_ = scipy.stats.genpareto.fit(ordered[-tail:] - ordered[-tail - 1], floc=0)
+        assert mine == pytest.approx((tail * fitted + 5) / (tail + 10), abs=0.04)
+
+
+def gaussian_log_weights(variance, S, data):
+    """Of the one-dimensional toy at its best mean (x = mu = 0): log p(x) is -log(4 pi) / 2."""
+    z = torch.randn(S, data, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * math.sqrt(variance)
+    log_p = -(z**2) - math.log(2 * math.pi)  # log p(z) + log p(0 | z)
+    return log_p + z**2 / (2 * variance) + math.log(2 * math.pi * variance) / 2
+
+
+@pytest.mark.parametrize("variance", [0.1, 0.15, 0.25, 0.35])
+def test_k_hat_of_a_narrow_gaussian_is_one_minus_twice_its_variance(variance):
+    k_hat = pareto_k(gaussian_log_weights(variance, 20_000, 60)).mean().item()
+    theory = 1 - 2 * variance
+    assert theory - 0.06 < k_hat < theory + 0.01  # the tail is log-thinner than a power
+
+
+def test_k_hat_of_a_wide_gaussian_is_negative():
+    assert pareto_k(gaussian_log_weights(2 / 3, 20_000, 20)).max() < 0  # bounded weights
+
+
+def test_k_hat_takes_log_weights_of_any_size():
+    log_w = 2 * torch.randn(400, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    k = pareto_k(log_w)
+    for shift in (1e4, -1e4):
+        torch.testing.assert_close(pareto_k(log_w + shift), k, rtol=1e-9, atol=1e-9)
+    huge = pareto_k(2_000 * log_w)
+    assert (huge > 5).all() and huge.isfinite().all()
+    for low in (-math.inf, -1e5):  # where the weight is 0 in any case
+        padded = torch.cat([log_w, torch.full((100, 5), low, dtype=torch.float64)])
+        np.testing.assert_allclose(pareto_k(padded), [plain_pareto_k(column) for column in padded.T.tolist()])
+
+
+def test_k_hat_where_there_is_no_tail_to_fit():
+    log_w = torch.randn(100, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    log_w[:, 0] = -90.0  # q is the posterior
+    log_w[:, 1] = -math.inf
+    log_w[:, 2] = torch.where(torch.arange(100) < 4, 1.0, 0.0)  # four above a tie
+    log_w[:, 3] = torch.where(torch.arange(100) < 3, log_w[:, 3], -math.inf)
+    log_w[50, 4] = math.nan
+    assert pareto_k(log_w)[:4].tolist() == [-math.inf, math.inf, math.inf, math.inf]
+    assert pareto_k(log_w)[4].isnan() and pareto_k(log_w)[5].isfinite()
+
+
+def test_k_hat_of_an_exponential_tail_is_the_limit_of_the_formula():
+    # excesses whose lower quartile puts a grid point at theta = 0, where the formula is 0 / 0
+    spread = math.sqrt(34 / 5.5) - 1
+    x = torch.tensor([1.0] + 14 * [0.9] + 5 * [spread / 3], dtype=torch.float64)[:, None]
+    assert _pareto_shape(x).isfinite().all()
+
+
+def test_k_hat_refuses_too_few_weights():
+    with pytest.raises(ValueError, match=r"at least 25 particles. Got 24"):
+        pareto_k(torch.zeros(24, 3))
+    tail = Tail(50)
+    tail.add(torch.zeros(49, 3))
+    with pytest.raises(ValueError, match="of 50 particles was given 49"):
+        tail.k_hat()
+
+
+def test_k_hat_drops_the_dimension_it_is_taken_along():
+    log_w = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0))
+    k = pareto_k(log_w, 1)
+    assert k.shape == (2, 3) and k.dtype == torch.float64
+    assert k[1, 2] == pareto_k(log_w[1, :, 2])

@@ -9,9 +9,10 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from torch.distributions import MultivariateNormal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution, kl_divergence
 
-from lightning_iwae.evaluation import Totals, evaluate, importance_sample, table
+from lightning_iwae.diagnostics import Tail, pareto_k
+from lightning_iwae.evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment, table
 from lightning_iwae.models import LinearGaussian
 from lightning_iwae.weights import ess
 
@@ -96,7 +97,7 @@ def test_empty_batch():
     for chunk in (3, None):
         for values in importance_sample(script(10, 0), torch.zeros(0, 4), 10, chunk):
             assert values.shape == (0,) and values.dtype == torch.float64
-    figures = evaluate(LinearGaussian(3), torch.zeros(0, 3), 70)
+    figures = evaluate(LinearGaussian(3), torch.zeros(0, 3), 70, k_hat=True)
     assert all(values.shape == (0,) for values in figures.values())
 
 
@@ -246,6 +247,36 @@ def test_evaluate_names_its_figures():
     np.testing.assert_allclose(figures["kl_is_64"], log_px - at_64, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 45, 46, 99, 100, None])
+def test_k_hat_in_chunks_is_that_of_all_weights_at_once(chunk):
+    model = script(100, 7)
+    model.log_w[:, 1] += 1e4
+    model.log_w[::2, 2] = -math.inf
+    model.log_w[:, 3] = model.log_w[:, 3].round()  # ties
+    model.log_w[:, 4] = -90.0
+    tail = Tail(100)
+    importance_sample(model, torch.zeros(7, 2), 100, chunk, tail.add)
+    # with assert_close, as (z + 1 + 2) - 3 rounds
+    torch.testing.assert_close(tail.k_hat(), pareto_k(model.log_w, 0), rtol=1e-9, atol=1e-9)
+    assert torch.equal(pareto_k(model.log_w.T, 1), pareto_k(model.log_w, 0))
+    assert tail.k_hat()[4] == -math.inf
+
+
+def test_k_hat_comes_where_it_is_asked_for():
+    torch.manual_seed(0)
+    plain = evaluate(LinearGaussian(3), torch.zeros(5, 3), 70)
+    torch.manual_seed(0)
+    figures = evaluate(LinearGaussian(3), torch.zeros(5, 3), 70, k_hat=True)
+    torch.manual_seed(0)
+    means = evaluate_for_means(LinearGaussian(3), torch.zeros(5, 3), 70)
+    assert list(figures) == [*plain, "k_hat"] and list(means) == [*plain, "k_hat_above_0.7"]
+    assert all(torch.equal(values, figures[k]) and torch.equal(values, means[k]) for k, values in plain.items())
+    assert torch.equal(means["k_hat_above_0.7"], (figures["k_hat"] > 0.7).double())
+    assert list(evaluate_for_means(LinearGaussian(3), torch.zeros(5, 3), 24)) == list(plain)  # too few to tell
+    with pytest.raises(ValueError, match=r"at least 25 particles. Got 24"):
+        evaluate(LinearGaussian(3), torch.zeros(5, 3), 24, k_hat=True)
+
+
 def test_both_kls_are_what_they_are_named():
     torch.manual_seed(0)
     oracle = Oracle()
@@ -323,6 +354,24 @@ def test_posterior_means_of_any_shape_count_each_unit():
     assert totals.result()["active_units"] == (means.var(0, ddof=1) > 0.01).sum()
 
 
+def test_figures_alone_have_no_active_units():
+    figures, _ = random_figures(40)
+    totals = Totals()
+    for rows in (slice(0, 9), slice(9, 40)):
+        totals.add({k: torch.from_numpy(v[rows]) for k, v in figures.items()})
+    result = totals.result()
+    assert list(result) == list(figures)
+    assert result["elbo"]["mean"] == pytest.approx(figures["elbo"].mean(), rel=1e-12)
+
+
+def test_moments_are_those_that_a_distribution_knows():
+    normal = Normal(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    assert moment(normal, "mean").tolist() == [1, 2] and moment(normal, "stddev").tolist() == [3, 4]
+    flow = TransformedDistribution(normal, [SigmoidTransform()])  # raises NotImplementedError
+    assert moment(flow, "mean") is None and moment(flow, "stddev") is None
+    assert moment(SimpleNamespace(mean=normal.mean), "stddev") is None  # not of torch
+
+
 def test_one_datum_has_a_mean_but_no_error():
     figures, means = random_figures(1)
     result = totals_of(figures, means, slice(None)).result()
@@ -336,12 +385,13 @@ def test_no_data_is_an_error():
 
 
 def test_table_prints_every_figure():
-    names = list(evaluate(LinearGaussian(2), torch.zeros(1, 2), 3))
+    names = list(evaluate_for_means(LinearGaussian(2), torch.zeros(1, 2), 30))
     result = {name: {"mean": -10.5 - i, "se": 0.125 + i} for i, name in enumerate(names)}
     text = table(result | {"active_units": 23, "particles": 4321})
     for i in range(len(names)):
         assert f"{-10.5 - i:.4f} +- {0.125 + i:.4f}" in text
     assert "active units" in text and " 23" in text
+    assert table(result | {"particles": 4321}).splitlines() == text.splitlines()[:-1]  # without the active units
     assert text.count("4321") == 2  # log p(x) and ESS say of how many
     assert len(text.splitlines()) == len(names) + 1
     assert len({line.index("-1") for line in text.splitlines()[:-1]}) == 1  # in one column

@@ -14,11 +14,12 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
-from torch.distributions import Independent, LogNormal, Normal
+from torch.distributions import ExpTransform, Independent, LogNormal, Normal, TransformedDistribution
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import lightning_iwae
 from lightning_iwae.data import Digits
+from lightning_iwae.diagnostics import pareto_k
 from lightning_iwae.estimators import Side
 from lightning_iwae.models import MLP
 from lightning_iwae.module import IWModule, Rows
@@ -788,10 +789,11 @@ def test_test_reports_means_and_standard_errors():
         at_64, log_w = at_64.double(), log_w.double()
         iwae_64, log_px, elbo = at_64.logsumexp(0) - math.log(64), log_w.logsumexp(0) - math.log(100), log_w.mean(0)
         ess = 1 / (100 * torch.softmax(log_w, 0).square().sum(0))
-        figures.append(torch.stack([iwae_64, log_px, elbo, log_px - elbo, log_px - iwae_64, ess]))
+        unreliable = (pareto_k(log_w) > 0.7).double()
+        figures.append(torch.stack([iwae_64, log_px, elbo, log_px - elbo, log_px - iwae_64, ess, unreliable]))
         means.append(q.mean)
     figures, means = torch.cat(figures, 1), torch.cat(means)
-    names = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess"]
+    names = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "k_hat_above_0.7"]
     for name, values in zip(names, figures, strict=True):
         expected = {"mean": values.mean().item(), "se": values.std().item() / math.sqrt(50)}
         assert first[name] == pytest.approx(expected, rel=1e-5, abs=1e-9)
@@ -821,6 +823,21 @@ def test_validate_reports_what_test_does():
     trainer.test(module, data, verbose=False)
     assert module.result == validated
     assert trainer.callback_metrics["test/log_px"] < trainer.callback_metrics["test/kl_is_64"]
+
+
+class FlowPosterior(MLP):
+    """Whose q(z | x) has no closed mean, as normalising flows have none."""
+
+    def posterior(self, x):
+        return TransformedDistribution(super().posterior(x), [ExpTransform()])
+
+
+def test_without_posterior_means_active_units_are_left_out():
+    torch.manual_seed(0)
+    module, trainer = iw_module(FlowPosterior(pixels=64, latent=3, hidden=[8])), quiet_trainer()
+    trainer.test(module, digits(), verbose=False)
+    assert "active_units" not in module.result and "test/active_units" not in trainer.callback_metrics
+    assert math.isfinite(module.result["log_px"]["mean"]) and module.result["ess"]["se"] > 0
 
 
 # ------------------------------------------------------------------------------------------------- a user's network

@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "explain": {"mistakes", "configs", "class_paths"},
     "command_help": {"cli"},
     "checked": {"mistakes", "configs", "explain", "command_help", "module"},
-    "__init__": {"_version", "estimators", "routing"},
+    "loading": {"resume", "class_paths", "mistakes", "models", "evaluation", "diagnostics", "randomness"},
+    "__init__": {"_version", "estimators", "routing", "loading"},
     "__main__": {"cli"},
 }
 # Beyond Python's own library. Parts not named here know torch at most.
@@ -58,7 +59,6 @@ OUTSIDE = {
     "_version": set(),
     "__init__": set(),
     "__main__": set(),
-    "randomness": set(),
     "writing": set(),
     "signals": set(),
     "loggers": {"lightning"},
@@ -70,6 +70,7 @@ OUTSIDE = {
     "explain": {"jsonargparse", "omegaconf"},
     "checked": {"torch", "lightning", "jsonargparse", "omegaconf"},
     "module": {"torch", "lightning"},
+    "loading": {"torch", "numpy", "yaml", "jsonargparse", "lightning"},
     "callbacks": {"torch", "lightning"},
 }
 ANYTHING = {"cli", "commands", "sweep"}  # the edge of the package

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ..evaluation import Totals, evaluate
 from ..models import given
 from ..module import Batch, IWModule, cut, split
-from ..randomness import seed_for
+from ..randomness import forked, seed_for
 
 
 class Evaluation(Callback):
@@ -62,15 +61,13 @@ class Evaluation(Callback):
         self._left -= len(x)
         module: IWModule = pl_module
         network: Any = module.network
-        devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed_for(module.seed, "evaluation", trainer.global_rank, batch_idx))
+        with forked(seed_for(module.seed, "evaluation", trainer.global_rank, batch_idx), module.device):
             values = evaluate(given(network, y), x, self.particles)
         values = {name: values[name] for name in ("log_px", "kl_q_posterior", "kl_is_64", "ess")}
         if hasattr(network, "exact_log_px"):
             values["exact_log_px"] = network.exact_log_px(x)
             values["exact_kl_q_posterior"] = network.exact_kl(x)
-        self._totals.add(values, x.new_empty(len(x), 0))
+        self._totals.add(values)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log the means over all processes."""
