@@ -1,6 +1,10 @@
 """Random streams that are functions of a key, so that a run can be repeated from any step."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 
 def seed_for(*key: int | str) -> int:
@@ -11,3 +15,11 @@ def seed_for(*key: int | str) -> int:
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+@contextmanager
+def forked(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's global streams, of the CPU and of `device`, start from `seed` inside, and are as before after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

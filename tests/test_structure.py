@@ -46,7 +46,6 @@ OUTSIDE = {
     "_version": set(),
     "__init__": set(),
     "__main__": set(),
-    "randomness": set(),
     "data": {"torch", "lightning", "numpy", "sklearn"},
     "module": {"torch", "lightning"},
     "callbacks": {"torch", "lightning"},

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..evaluation import Totals, evaluate
 from ..module import IWModule
-from ..randomness import seed_for
+from ..randomness import forked, seed_for
 
 
 class Evaluation(Callback):
@@ -49,9 +48,7 @@ class Evaluation(Callback):
         self._left -= len(x)
         module: IWModule = pl_module
         network: Any = module.network
-        devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed_for(module.seed, "evaluation", trainer.global_rank, batch_idx))
+        with forked(seed_for(module.seed, "evaluation", trainer.global_rank, batch_idx), module.device):
             values = evaluate(network, x, self.particles)
         values = {name: values[name] for name in ("log_px", "kl_q_posterior", "kl_is_64", "ess")}
         if hasattr(network, "exact_log_px"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import routing
 from ..diagnostics import SNR, signal_to_noise
 from ..module import IWModule
-from ..randomness import seed_for
+from ..randomness import forked, seed_for
 
 
 class GradientSNR(Callback):
@@ -65,9 +65,7 @@ class GradientSNR(Callback):
         if step % self.every_n_steps or step == self._measured_at:
             return  # the window of an accumulated step has several batches
         self._measured_at = step
-        devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-            torch.manual_seed(seed_for(module.seed, "snr", step))
+        with forked(seed_for(module.seed, "snr", step), module.device), trainer.precision_plugin.forward_context():
             measured = measure(module, x, self.draws)
         metrics: dict[str, float] = {"snr/draws": self.draws}
         for side, result in measured.items():
