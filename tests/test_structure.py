@@ -37,7 +37,20 @@ MAY_IMPORT = {
         "randomness",
         "_version",
     },
-    "callbacks": {"module", "routing", "evaluation", "diagnostics", "randomness"},
+    "posteriors": {"weights"},
+    "figures": {"posteriors", "weights"},
+    "curves": {"figures"},
+    "loggers": set(),
+    "callbacks": {
+        "module",
+        "routing",
+        "evaluation",
+        "diagnostics",
+        "randomness",
+        "figures",
+        "curves",
+        "posteriors",
+    },
     "__init__": {"_version", "estimators", "routing"},
     "__main__": {"cli"},
 }
@@ -48,7 +61,10 @@ OUTSIDE = {
     "__main__": set(),
     "data": {"torch", "lightning", "numpy", "sklearn"},
     "module": {"torch", "lightning"},
-    "callbacks": {"torch", "lightning"},
+    "figures": {"torch", "numpy", "matplotlib", "PIL"},
+    "curves": {"numpy", "matplotlib"},
+    "loggers": {"lightning"},
+    "callbacks": {"torch", "lightning", "matplotlib"},
 }
 ANYTHING = {"cli", "commands", "sweep"}  # the edge of the package
 
