@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
+from . import loggers
 from .evaluation import table
 from .module import IWModule
 
@@ -56,11 +57,20 @@ class CLI(LightningCLI):
         if config.ckpt_path not in (None, "best", "last", "hpc", "registry") and not Path(config.ckpt_path).is_file():
             raise ValueError(f"ckpt_path: no file {config.ckpt_path}.")
 
+    def instantiate_classes(self) -> None:
+        """Loggers write below the run's directory; the config that is saved keeps what was said."""
+        trainer = self.config[self.subcommand].trainer
+        said = trainer.logger
+        trainer.logger = loggers.placed(said, self.run_directory) if self.subcommand == "fit" else None
+        super().instantiate_classes()
+        trainer.logger = said
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Everything that a run writes goes below its directory; only a fit logs."""
+        """Everything that a run writes goes below its directory; only a fit logs, and always to metrics.csv."""
         kwargs["default_root_dir"] = self.run_directory
-        if self.config_init[self.subcommand].trainer.logger is None:
-            kwargs["logger"] = CSVLogger(self.run_directory, name="", version="") if self.subcommand == "fit" else False
+        metrics = CSVLogger(self.run_directory, name="", version="")
+        given = self.config_init[self.subcommand].trainer.logger
+        kwargs["logger"] = loggers.with_metrics(given, metrics) if self.subcommand == "fit" else False
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
@@ -70,9 +80,12 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Say where the run is."""
         announce(self.trainer, "Run directory")
+        if self.trainer.is_global_zero:
+            loggers.start(self.trainer.loggers, self.config[self.subcommand].as_dict())
 
     def after_fit(self) -> None:
         """Say where the run's files are."""
+        loggers.finish(self.trainer.loggers)
         announce(self.trainer, "The run's files are in")
 
     def after_validate(self) -> None:

@@ -61,7 +61,9 @@ def training(rows: Sequence[Row]) -> "Figure":
     axes = drawn.subplot_mosaic([["bounds", "gaps"], ["bounds", "ess"]], width_ratios=[1.5, 1], sharex=True)
     shown = _lines(axes["bounds"], rows, BOUNDS)
     _lines(axes["gaps"], rows, GAPS)
-    _lines(axes["ess"], rows, ESS, 100)
+    ess = [values for _, values in _lines(axes["ess"], rows, ESS, 100)]
+    if ess and 0 < 10 * min(map(np.min, ess)) < max(map(np.max, ess)):
+        _logarithmic(axes["ess"])
     axes["bounds"].set(title="Bounds on log p(x) (nats)", xlabel="step")
     axes["gaps"].set(title="Gaps to log p(x) (nats)")
     axes["ess"].set(title="Effective sample size (% of particles)", xlabel="step")
@@ -85,9 +87,6 @@ def _lines(
     axis.grid(alpha=0.25)
     if shown:
         axis.legend(fontsize=9)
-        low, high = (f(np.concatenate([y for _, y in shown])) for f in (np.min, np.max))
-        if 0 < 10 * low < high:
-            _logarithmic(axis)
     return shown
 
 

@@ -67,7 +67,7 @@ def views(model: Any, x: Tensor, drawn: Particles, dimensions: list[int], points
     """p(z | x) of each datum of x (B, ...): on a grid where z has one or two dimensions, else from the particles."""
     if drawn.flat.shape[2] <= 2:
         return on_grid(model, x, drawn, points)
-    return from_particles(drawn, dimensions, points // 2)
+    return from_particles(drawn, dimensions)
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def on_grid(model: Any, x: Tensor, drawn: Particles, points: int = 81) -> list[V
     ]
 
 
-def from_particles(drawn: Particles, dimensions: list[int], bins: int = 40) -> list[View]:
+def from_particles(drawn: Particles, dimensions: list[int], bins: int = 25) -> list[View]:
     """p(z | x) over one or two of z's dimensions: a histogram of the particles by their normalised weights.
 
     It is no better than the particles: see `ess`. The box covers three standard deviations of q and of p(z | x).
