@@ -16,11 +16,11 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from . import resume
+from . import loggers, resume
 from .callbacks import Checkpoints
 from .checked import CheckedCLI
 from .evaluation import table
-from .loggers import MetricsCSV
+from .metrics_csv import MetricsCSV
 from .module import IWModule
 from .signals import Interrupted, Signals
 from .writing import replacing
@@ -130,12 +130,19 @@ class CLI(CheckedCLI):
             resume.check_weights(path, self.checkpoint, self.model)
             self.checkpoint = None
 
+    def instantiate_classes(self) -> None:
+        """Loggers write below the run's directory; the config that is saved keeps what was said."""
+        trainer = self.config[self.subcommand].trainer
+        said = trainer.logger
+        trainer.logger = loggers.placed(said, self.run_directory) if self.subcommand == "fit" else None
+        super().instantiate_classes()
+        trainer.logger = said
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Everything that a run writes goes below its directory; only a fit logs."""
+        """Everything that a run writes goes below its directory; only a fit logs, and to metrics.csv in any case."""
         given = self.config_init[self.subcommand].trainer
         kwargs["default_root_dir"] = self.run_directory
-        if given.logger is None:
-            kwargs["logger"] = MetricsCSV() if self.subcommand == "fit" else False
+        kwargs["logger"] = loggers.with_metrics(given.logger, MetricsCSV()) if self.subcommand == "fit" else False
         callbacks = as_list(given.callbacks)
         if given.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks.append(Checkpoints())
@@ -158,9 +165,12 @@ class CLI(CheckedCLI):
         announce(self.trainer, "Run directory")
         if self.afresh:
             announce(self.trainer, "There is no checkpoint, and the run starts afresh, in")
+        if self.trainer.is_global_zero:
+            loggers.start(self.trainer.loggers, self.config[self.subcommand].as_dict())
 
     def after_fit(self) -> None:
         """Say where the run's files are."""
+        loggers.finish(self.trainer.loggers)
         announce(self.trainer, "The run's files are in")
 
     def after_validate(self) -> None:

@@ -33,6 +33,7 @@ def _here(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["lightning_iwae"])
     monkeypatch.setattr("lightning_iwae.cli.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("lightning_iwae.callbacks.Figures._draw", lambda *_: None)  # seconds; see test_figures.py
 
 
 def fit(directory: Path, *args: str) -> list[dict[str, str]]:

@@ -29,6 +29,7 @@ def _workplace(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning_iwae"])
     monkeypatch.setattr("lightning_iwae.cli.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("lightning_iwae.callbacks.Figures._draw", lambda *_: None)  # seconds; see test_figures.py
     yield
     for name in ("my_models", "my_estimators"):
         sys.modules.pop(name, None)

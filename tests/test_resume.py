@@ -20,7 +20,7 @@ from lightning_iwae import writing
 from lightning_iwae.callbacks import Checkpoints
 from lightning_iwae.cli import main
 from lightning_iwae.data import Digits
-from lightning_iwae.loggers import MetricsCSV
+from lightning_iwae.metrics_csv import MetricsCSV
 from lightning_iwae.module import IWModule
 from lightning_iwae.signals import Signals
 
