@@ -17,6 +17,11 @@ def keep_freed_memory() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a mistake in config or data exits with status 2, a broken run with 1, and one message."""
+    words = sys.argv[1:] if args is None else args
+    if words[:1] == ["report"]:
+        from . import report  # reads files only: no Lightning
+
+        return report.main(words[1:])
     keep_freed_memory()
     from . import commands  # Lightning takes seconds to import
     from .data import DataError

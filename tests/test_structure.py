@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "_version",
     },
     "callbacks": {"module", "routing", "evaluation", "diagnostics", "randomness"},
+    "report": set(),
     "__init__": {"_version", "estimators", "routing"},
     "__main__": {"cli"},
 }
@@ -50,6 +51,7 @@ OUTSIDE = {
     "data": {"torch", "lightning", "numpy", "sklearn"},
     "module": {"torch", "lightning"},
     "callbacks": {"torch", "lightning"},
+    "report": {"numpy", "scipy", "yaml", "jinja2", "markupsafe", "PIL"},
 }
 ANYTHING = {"cli", "commands", "sweep"}  # the edge of the package
 
