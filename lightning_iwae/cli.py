@@ -71,6 +71,10 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(0)
     with one_message():
         check_command(words[0])
+        if words[0] == "report":
+            from . import report  # reads files only: no Lightning
+
+            return report.main(words[1:])
         keep_freed_memory()
         from . import commands  # Lightning takes seconds to import
 

@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "command_help": {"cli"},
     "checked": {"mistakes", "configs", "explain", "command_help", "module"},
     "loading": {"resume", "class_paths", "mistakes", "models", "evaluation", "diagnostics", "randomness"},
+    "report": set(),
     "__init__": {"_version", "estimators", "routing", "loading"},
     "__main__": {"cli"},
 }
@@ -90,6 +91,7 @@ OUTSIDE = {
     "module": {"torch", "lightning"},
     "loading": {"torch", "numpy", "yaml", "jsonargparse", "lightning"},
     "callbacks": {"torch", "lightning", "matplotlib"},
+    "report": {"numpy", "scipy", "yaml", "jinja2", "markupsafe", "PIL"},
 }
 ANYTHING = {"cli", "commands", "sweep"}  # the edge of the package
 

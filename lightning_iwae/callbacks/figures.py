@@ -1,6 +1,5 @@
 """Pictures along a run."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,10 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from .. import curves, figures, posteriors
-from ..module import IWModule
+from ..models import given
+from ..module import Batch, IWModule, cut, split
 from ..randomness import forked, seed_for
+from ..writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ class Figures(Callback):
                 raise ValueError(f"Figures.{name} must be at least {least}. Got {value}.")
         self.every_n_epochs, self.particles, self.history = every_n_epochs, particles, history
         self.samples, self.reconstructions, self.posteriors = samples, reconstructions, posteriors
-        self._batch: Any = None
+        self._batch: Batch | None = None
         self._drawn_at = -1
         self._failed: set[str] = set()
 
@@ -94,7 +95,7 @@ class Figures(Callback):
 
     def _keep(self, batch: Any) -> None:
         if self._batch is None:
-            self._batch = tuple(part[:KEPT].clone() for part in _parts(batch))
+            self._batch = cut(batch, KEPT)
 
     def _draw(self, trainer: Trainer, module: IWModule) -> None:
         self._drawn_at = step = trainer.global_step
@@ -118,15 +119,14 @@ class Figures(Callback):
         if self._batch is None:
             return {}
         declared = getattr(trainer.datamodule, "image_shape", None)  # type: ignore[attr-defined]
-        shape = figures.image_shape(self._batch[0], declared)
+        shape = figures.image_shape(split(self._batch)[0], declared)
         drawn_by = (self._samples, self._reconstructions, self._posteriors, self._weights)
         return {draw.__name__[1:]: partial(draw, network, shape) for draw in drawn_by}
 
     def _samples(self, network: Any, shape: Shape) -> "Figure":
-        labelled = len(self._batch) > 1 and hasattr(network, "given")
         model, x = self._first(network, self.samples)
         prior = model.prior()
-        z = prior.sample((1,) if prior.batch_shape else (1, len(x) if labelled else self.samples))
+        z = prior.sample((1,) if prior.batch_shape else (1, self.samples if model is network else len(x)))
         return figures.samples(model.likelihood(z).mean[0], shape)
 
     def _reconstructions(self, network: Any, shape: Shape) -> "Figure":
@@ -154,8 +154,8 @@ class Figures(Callback):
 
     def _first(self, network: Any, count: int) -> tuple[Any, Tensor]:
         """The first data, and the model for them: of a conditional network the one given their labels."""
-        x, *labels = (part[:count] for part in self._batch)
-        return network.given(*labels) if labels and hasattr(network, "given") else network, x
+        x, y = split(cut(self._batch, count))
+        return given(network, y), x
 
     @contextmanager
     def _guard(self, name: str) -> Iterator[None]:
@@ -178,11 +178,6 @@ def _of_metrics(path: Path) -> Pictures:
     return pictures
 
 
-def _parts(batch: Any) -> tuple[Tensor, ...]:
-    """x, and the labels if it has any."""
-    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-
-
 @contextmanager
 def _untouched(module: IWModule) -> Iterator[None]:
     """Evaluation mode and no gradients; all as before afterwards."""
@@ -197,14 +192,8 @@ def _untouched(module: IWModule) -> Iterator[None]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _hand_over(loggers: list[Any], name: str, pixels: Any, step: int) -> None:
