@@ -154,6 +154,7 @@ class Figures(Callback):
 
     def _first(self, network: Any, count: int) -> tuple[Any, Tensor]:
         """The first data, and the model for them: of a conditional network the one given their labels."""
+        assert self._batch is not None
         x, y = split(cut(self._batch, count))
         return given(network, y), x
 
