@@ -228,9 +228,7 @@ def rehearse(model: Any) -> None:
             optimizer = getattr(model, f"optimizer_{side}")(network.parameters())
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
-            raise Mistake(
-                f"{key}: {type(optimizer).__name__} needs a closure, which takes several passes. Use another."
-            )
+            raise Mistake(f"{key}: {type(optimizer).__name__} steps by a closure only. Use another.")
         if make_scheduler is not None:
             with blamed(f"model.scheduler_{side}"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # "step() before optimizer.step()"
@@ -246,9 +244,8 @@ def blamed(key: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-        if innermost.f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES and not isinstance(
-            error, ValueError
-        ):
+        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+        library = innermost.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES
+        if not library and not isinstance(error, ValueError):
             raise
         raise Mistake(worded(key, torch.optim.Optimizer, error)) from error

@@ -44,5 +44,5 @@ def raised_here(error: BaseException) -> bool:
         return False
     code = traceback.tb_frame.f_code
     name = traceback.tb_frame.f_globals.get("__name__", "")
-    raising = dis.opname[code.co_code[traceback.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+    raising = dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
     return raising and name.partition(".")[0] == __package__
