@@ -301,6 +301,21 @@ def test_what_a_checkpoint_would_overrule_is_refused_by_name(config, short, caps
     assert {path: path.stat().st_mtime_ns for path in short.glob("**/*")} == before
 
 
+def test_settings_that_say_where_or_how_long_are_not_compared_but_a_patience_that_is_restored_is():
+    def settings(folder, batch_size, patience, every):
+        data = {"class_path": "lightning_iwae.data.MNIST", "init_args": {"folder": folder, "batch_size": batch_size}}
+        stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"patience": patience}}
+        checkpoints = {"class_path": "lightning_iwae.callbacks.Checkpoints", "init_args": {"every_n_epochs": every}}
+        return {"data": data, "trainer": {"max_epochs": every, "callbacks": [stopping, checkpoints]}}
+
+    saved = settings("here", 20, 3, 1)
+    resume.check_settings(Path("x"), saved, settings("there", 20, 3, 2))
+    with pytest.raises(ValueError, match=r"data.init_args.batch_size must be 20, .* Got 10\. .*in another directory"):
+        resume.check_settings(Path("x"), saved, settings("here", 10, 3, 1))
+    with pytest.raises(ValueError, match=r"trainer.callbacks.EarlyStopping.patience must be 3.* Got 4"):
+        resume.check_settings(Path("x"), saved, settings("here", 20, 4, 1))
+
+
 def test_other_settings_on_the_command_line_win_over_the_checkpoint(config, short, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(short, run)

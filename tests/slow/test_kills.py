@@ -112,12 +112,8 @@ def test_a_kill_in_the_middle_of_writing_a_checkpoint_leaves_the_one_before(tmp_
     script = tmp_path / "dies.py"
     script.write_text(DIES_IN_A_WRITE)
     _, _, _, *fit = command(tmp_path, run, *options)
-    process = subprocess.run(
-        [sys.executable, str(script), *fit],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, str(script), *fit], cwd=tmp_path, env=env, capture_output=True)
     assert process.returncode == -9
     (part,) = run.glob("checkpoints/.*")
     assert 0 < part.stat().st_size < (run / "checkpoints/last.ckpt").stat().st_size
