@@ -9,8 +9,14 @@ import torch
 from torch import nn
 
 # What the checkpoint's state would overrule (optimisers, schedulers), or what makes the run another one.
-PINNED = ("seed_everything", "data", "model.network", "model.optimizer_", "model.scheduler_")
-PINNED += ("trainer.callbacks.EarlyStopping.patience",)
+PINNED = (
+    "seed_everything",
+    "data",
+    "model.network",
+    "model.optimizer_",
+    "model.scheduler_",
+    "trainer.callbacks.EarlyStopping.patience",
+)
 FREE = ("data.init_args.folder", "data.init_args.download")  # where the data are, not what
 
 
