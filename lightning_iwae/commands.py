@@ -35,11 +35,11 @@ class RunFiles(SaveConfigCallback):
         """On rank 0, before anything else is written; a test leaves the fit's own config alone."""
         if trainer.is_global_zero and stage == "fit":
             with replacing(Path(trainer.default_root_dir) / "config.yaml") as file:
-                file.write(settings(self.parser, self.config).encode())
+                file.write(self._settings.encode())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the settings, and how far metrics.csv is."""
-        checkpoint["settings"] = self._settings
+        checkpoint["settings"] = yaml.safe_load(self._settings)
         for logger in of_metrics(trainer):
             checkpoint["metrics.csv"] = logger.mark()
 
@@ -50,8 +50,8 @@ class RunFiles(SaveConfigCallback):
                 logger.cut(**checkpoint["metrics.csv"])
 
     @cached_property
-    def _settings(self) -> dict[str, Any]:
-        return yaml.safe_load(settings(self.parser, self.config))
+    def _settings(self) -> str:
+        return settings(self.parser, self.config)
 
 
 def of_metrics(trainer: Trainer) -> list[MetricsCSV]:

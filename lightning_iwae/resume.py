@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 # What the checkpoint's state would overrule (optimisers, schedulers), or what makes the run another one.
-PINNED = ("seed_everything", "data", "model.network", "model.optimizer_", "model.scheduler_")
+PINNED = (
+    "seed_everything",
+    "data",
+    "model.network",
+    "model.optimizer_",
+    "model.scheduler_",
+    "trainer.callbacks.EarlyStopping.patience",
+)
 FREE = ("data.init_args.folder", "data.init_args.download")  # where the data are, not what
 
 
@@ -73,9 +80,16 @@ def _pinned(key: str) -> bool:
 
 
 def _flat(settings: Any, prefix: str = "") -> Any:
-    """(dotted key, value) of nested dicts; lists are values."""
+    """(dotted key, value) of nested dicts; callbacks go by their class, other lists are values."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
+        elif name == "callbacks" and isinstance(value, list):
+            for callback in value:
+                yield from _flat(callback.get("init_args", {}), f"{prefix}{name}.{_name(callback['class_path'])}.")
         else:
             yield prefix + name, value
+
+
+def _name(class_path: str) -> str:
+    return class_path.rpartition(".")[2]

@@ -7,6 +7,7 @@ all kinds of moments, and each picture is resumed.
 import csv
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_iwae import writing
+from lightning_iwae import resume, writing
 from lightning_iwae.callbacks import Checkpoints
 from lightning_iwae.cli import main
 from lightning_iwae.data import Digits
@@ -68,6 +69,20 @@ def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(CONFIG)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    """The directory of an unbroken run, by its variant; run once, and not to be written to."""
+    runs = {}
+
+    def run(variant="epochs"):
+        if variant not in runs:
+            runs[variant] = tmp_path_factory.mktemp("unbroken") / variant
+            fit(config, runs[variant], *VARIANTS[variant])
+        return runs[variant]
+
+    return run
 
 
 def fit(config, run, *args):
@@ -152,50 +167,41 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_killed_at_any_moment_goes_on_as_the_unbroken_one(variant, config, tmp_path, monkeypatch):
-    options = VARIANTS[variant]
-    whole, album = tmp_path / "whole", tmp_path / "album"
-    with monkeypatch.context() as patched:
-        labels = Camera(patched, whole, album).labels
-        fit(config, whole, *options)
-    kinds = {
-        "best.ckpt half": 1,  # the second
-        "best.ckpt whole": 0,
-        "last.ckpt half": 2,
-        "last.ckpt whole": -2,
-        "validation": -1,
-        "metrics.csv whole": -1,
-    }
-    for kind, which in kinds.items():
-        picture = album / [label for label in labels if kind in label][which]
-        fit(config, picture, *options, "--ckpt_path", "last")
-        assert_same_run(picture, whole)
+# the moments of which a picture is resumed, and photographed again: (label, which of those so labelled)
+CHAINS = {
+    "epochs": [
+        ("metrics.csv whole", -1),  # in mid-validation, with nothing but the checkpoint of step 4
+        ("best.ckpt half", 0),
+        ("step 7", 0),
+        ("last.ckpt half", 1),
+        ("validation 10", 0),
+        ("step 15", 0),  # an epoch's last
+        ("best.ckpt whole", 0),  # before last.ckpt
+    ],
+    "steps": [("step 3", 0), ("last.ckpt half", 1), ("step 10", 0), ("validation 15", 0), ("step 16", 0)],
+    "windows": [("best.ckpt whole", 0), ("validation 5", 0), ("step 6", 0), ("last.ckpt half", 0), ("step 9", 0)],
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(variant, config, tmp_path, monkeypatch):
-    options = VARIANTS[variant]
-    whole = tmp_path / "whole"
-    fit(config, whole, *options)
-    run, stops = tmp_path / "run", [2, 5, 6, 9, 10]  # within and at the end of epochs
-    for generation, stop in enumerate(stops):
+def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(variant, config, unbroken, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for generation, (kind, which) in enumerate(CHAINS[variant]):
         album = tmp_path / f"album {generation}"
         with monkeypatch.context() as patched:
             labels = Camera(patched, run, album).labels
-            fit(config, run, *options, "--ckpt_path", "last", "--trainer.enable_progress_bar", "false")
-        run = album / next(label for label in labels if f"step {stop}" in label)
-    fit(config, run, *options, "--ckpt_path", "last")
-    assert_same_run(run, whole)
+            fit(config, run, *VARIANTS[variant], "--ckpt_path", "last")
+        run = album / [label for label in labels if kind in label][which]
+    fit(config, run, *VARIANTS[variant], "--ckpt_path", "last")
+    assert_same_run(run, unbroken(variant))
 
 
-def test_a_longer_run_goes_on_from_the_shorter_ones_end_even_within_an_epoch(config, tmp_path):
-    options = ["--trainer.max_epochs", "-1", "--trainer.max_steps"]
-    fit(config, tmp_path / "whole", *options, "12")
-    for steps in ("7", "10", "12"):
-        fit(config, tmp_path / "parts", *options, steps, "--ckpt_path", "last")
-        assert load(tmp_path / "parts")["global_step"] == int(steps)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+def test_a_longer_run_goes_on_from_the_shorter_ones_end_even_within_an_epoch(config, unbroken, tmp_path):
+    for steps in ("7", "10", "18"):
+        options = ["--trainer.max_epochs", "-1", "--trainer.max_steps", steps]
+        fit(config, tmp_path, *options, "--ckpt_path", "last")
+        assert load(tmp_path)["global_step"] == int(steps)
+    assert_same_run(tmp_path, unbroken("steps"))
 
 
 def test_a_saved_config_repeats_its_run_bit_for_bit(config, tmp_path):
@@ -210,36 +216,30 @@ def test_a_saved_config_repeats_its_run_bit_for_bit(config, tmp_path):
 # --- what is in a run's directory ---------------------------------------------------------------------------
 
 
-def test_best_is_the_largest_log_px_and_its_own_steps_state(config, tmp_path):
-    fit(config, tmp_path, "--trainer.callbacks.init_args.every_n_epochs", "1")
-    values = {int(row["step"]) + 1: float(row["val/log_px"]) for row in rows(tmp_path) if row["val/log_px"]}
-    best, last = load(tmp_path, "best"), load(tmp_path)
-    assert len(values) == 2 and best["global_step"] == max(values, key=values.get)
-    assert best["callbacks"]["Checkpoints"]["best"] == pytest.approx(max(values.values()), abs=0)
+def test_best_is_the_largest_log_px_and_its_own_steps_state(unbroken):
+    values = {int(row["step"]) + 1: float(row["val/log_px"]) for row in rows(unbroken()) if row["val/log_px"]}
+    best, last = load(unbroken(), "best"), load(unbroken())
+    assert set(values) == {5, 15} and best["global_step"] == max(values, key=values.get)
+    assert best["callbacks"]["Checkpoints"]["best"] == max(values.values())
     assert last["global_step"] == 20
 
 
-def test_a_checkpoint_holds_the_settings_and_the_rows_before_it(config, tmp_path):
-    fit(config, tmp_path)
-    checkpoint = load(tmp_path)
-    assert checkpoint["settings"] == yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert checkpoint["metrics.csv"]["rows"] == len(rows(tmp_path))
-    assert set(checkpoint["metrics.csv"]["columns"]) == set(rows(tmp_path)[0])
+def test_a_checkpoint_holds_the_settings_and_the_rows_before_it(unbroken):
+    checkpoint = load(unbroken())
+    assert checkpoint["settings"] == yaml.safe_load((unbroken() / "config.yaml").read_text())
+    assert checkpoint["metrics.csv"]["rows"] == len(rows(unbroken()))
+    assert set(checkpoint["metrics.csv"]["columns"]) == set(rows(unbroken())[0])
 
 
-def test_last_without_a_checkpoint_starts_afresh_and_says_so(config, tmp_path, capsys):
-    run = tmp_path / "run"
-    fit(config, run, "--ckpt_path", "last")
-    whole = rows(run)
+def test_last_without_a_checkpoint_starts_afresh_and_says_so(config, unbroken, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed_everyth")  # a run killed before its first checkpoint
+    (tmp_path / "metrics.csv").write_text("step,other\n0,1.0\n1,2.")
+    fit(config, tmp_path, "--ckpt_path", "last")
     assert "starts afresh" in capsys.readouterr().out
-    shutil.rmtree(run / "checkpoints")  # a run killed before its first
-    (run / "metrics.csv").write_text("step,other\n0,1.0\n1,2.")
-    fit(config, run, "--ckpt_path", "last")
-    assert "starts afresh" in capsys.readouterr().out
-    assert rows(run) == whole
-    fit(config, run, "--ckpt_path", "last")  # there is nothing left to do
+    assert_same_run(tmp_path, unbroken())
+    fit(config, tmp_path, "--ckpt_path", "last")  # there is nothing left to do
     assert "starts afresh" not in capsys.readouterr().out
-    assert rows(run) == whole
+    assert_same_run(tmp_path, unbroken())
 
 
 def refused(capsys, *args):
@@ -250,15 +250,13 @@ def refused(capsys, *args):
     return message
 
 
-def test_a_run_goes_on_from_its_last_checkpoint_only(config, tmp_path, capsys):
-    run, branch = tmp_path / "run", tmp_path / "branch"
-    fit(config, run)
+def test_a_run_goes_on_from_its_last_checkpoint_only(config, unbroken, tmp_path, capsys):
+    run, branch = unbroken(), tmp_path / "branch"
     before = (run / "metrics.csv").read_text()
-    for args in ([], ["--ckpt_path", "best"], ["--ckpt_path", str(run / "checkpoints/best.ckpt")]):
-        assert "holds a run already" in refused(capsys, config, run, *args)
+    assert "holds a run already" in refused(capsys, config, run)
+    assert "holds a run already" in refused(capsys, config, run, "--ckpt_path", "best")
     assert (run / "metrics.csv").read_text() == before
-    best = str(run / "checkpoints/best.ckpt")
-    fit(config, branch, "--ckpt_path", best)  # in another directory any will do
+    fit(config, branch, "--ckpt_path", str(run / "checkpoints/best.ckpt"))  # in another directory any will do
     assert same(load(branch)["state_dict"], load(run)["state_dict"])
     filled = [[{k: v for k, v in row.items() if v} for row in rows(r)] for r in (branch, run)]
     assert len(filled[0]) == 5 and filled[0] == filled[1][-5:]
@@ -291,12 +289,31 @@ def short(config, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_what_a_checkpoint_would_overrule_is_refused_by_name(key, config, short, capsys):
+def test_what_a_checkpoint_would_overrule_is_refused_by_name(config, short, capsys):
     before = {path: path.stat().st_mtime_ns for path in short.glob("**/*")}
-    message = refused(capsys, config, short, f"--{key}", REFUSED[key], "--ckpt_path", "last")
-    assert key in message and REFUSED[key] in message and "must be" in message and str(short) in message
+    changes = [word for key, value in REFUSED.items() for word in (f"--{key}", value)]
+    message = refused(capsys, config, short, *changes, "--model.samples", "12", "--ckpt_path", "last")
+    for key, value in REFUSED.items():
+        (reason,) = [part for part in message.split("; ") if part.startswith((key, f"error: {key}"))][:1]
+        assert "must be" in reason and f"Got {value}" in reason
+    assert "model.optimizer_theta.init_args.lr must be 0.01, as in the checkpoint. Got 0.02" in message
+    assert str(short) in message and "samples" not in message
     assert {path: path.stat().st_mtime_ns for path in short.glob("**/*")} == before
+
+
+def test_settings_that_say_where_or_how_long_are_not_compared_but_a_patience_that_is_restored_is():
+    def settings(folder, batch_size, patience, every):
+        data = {"class_path": "lightning_iwae.data.MNIST", "init_args": {"folder": folder, "batch_size": batch_size}}
+        stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"patience": patience}}
+        checkpoints = {"class_path": "lightning_iwae.callbacks.Checkpoints", "init_args": {"every_n_epochs": every}}
+        return {"data": data, "trainer": {"max_epochs": every, "callbacks": [stopping, checkpoints]}}
+
+    saved = settings("here", 20, 3, 1)
+    resume.check_settings(Path("x"), saved, settings("there", 20, 3, 2))
+    with pytest.raises(ValueError, match=r"data.init_args.batch_size must be 20, .* Got 10\. .*in another directory"):
+        resume.check_settings(Path("x"), saved, settings("here", 10, 3, 1))
+    with pytest.raises(ValueError, match=r"trainer.callbacks.EarlyStopping.patience must be 3.* Got 4"):
+        resume.check_settings(Path("x"), saved, settings("here", 20, 4, 1))
 
 
 def test_other_settings_on_the_command_line_win_over_the_checkpoint(config, short, tmp_path):
@@ -365,24 +382,31 @@ SPOILT = {
     spoil_empty: "cut short",
     spoil_payload: "plain values only",
     spoil_pickle: "is no checkpoint",
-    spoil_flipped: "",
+    spoil_flipped: "is damaged",
     spoil_other_file: "it has no state_dict",
-    spoil_other_model: "(3, 3)",
 }
 
 
-@pytest.mark.parametrize("command", ["fit", "test"])
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda f: f.__name__)
-def test_a_bad_checkpoint_is_named_and_nothing_is_touched(spoil, command, config, short, tmp_path, capsys):
+def test_a_bad_checkpoint_is_named(spoil, short, tmp_path):
+    path = tmp_path / "bad.ckpt"
+    shutil.copy(short / "checkpoints/last.ckpt", path)
+    spoil(path)
+    with pytest.raises(ValueError, match=re.escape(SPOILT[spoil])) as error:
+        resume.read(path)
+    assert str(path) in str(error.value) and not Path("payload-ran").exists()
+
+
+@pytest.mark.parametrize(("spoil", "command"), [(spoil_payload, "fit"), (spoil_other_model, "test")])
+def test_nothing_is_touched_before_a_checkpoint_is_looked_at(spoil, command, config, short, tmp_path, capsys):
     path = tmp_path / "bad.ckpt"
     shutil.copy(short / "checkpoints/last.ckpt", path)
     spoil(path)
     with pytest.raises(SystemExit) as stop:
-        args = ["--trainer.default_root_dir", str(tmp_path / "run"), "--ckpt_path", str(path)]
-        main([command, "-c", config, *args])
+        main([command, "-c", config, "--trainer.default_root_dir", str(tmp_path / "run"), "--ckpt_path", str(path)])
     message = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert str(path) in message and SPOILT[spoil] in message and "Traceback" not in message
+    assert stop.value.code == 2 and str(path) in message and "Traceback" not in message
+    assert ("(3, 3)" in message) == (spoil is spoil_other_model)
     assert not (tmp_path / "run").exists() and not Path("payload-ran").exists()
 
 
@@ -393,14 +417,12 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_touched(spoil, command, config
     ("signum", "status", "where", "at", "saved"),
     [
         (signal.SIGTERM, 143, "training_step", 7, 7),
-        (signal.SIGUSR1, 138, "training_step", 10, 10),
         (signal.SIGUSR1, 138, "validation_step", 10, 11),
     ],
 )
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(
-    signum, status, where, at, saved, config, tmp_path, monkeypatch, capsys
+    signum, status, where, at, saved, config, unbroken, tmp_path, monkeypatch, capsys
 ):
-    fit(config, tmp_path / "whole")
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         step = getattr(IWModule, where)
@@ -422,7 +444,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(
     assert f"{signal.Signals(signum).name}: stopped after step {saved}" in message
     assert str(run / "checkpoints/last.ckpt") in message and "--ckpt_path last" in message
     fit(config, run, "--ckpt_path", "last")
-    assert_same_run(run, tmp_path / "whole")
+    assert_same_run(run, unbroken())
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(config, tmp_path, monkeypatch, capsys):
@@ -563,11 +585,9 @@ def test_minutes_are_an_interval_too(config, tmp_path, monkeypatch):
     assert [step for name, step in saved if name == "last"] == [1, 2, 3, 4, 5]
 
 
-def test_bf16_is_an_overlay(config, tmp_path):
-    fit(config, tmp_path / "single", "--trainer.max_steps", "4")
-    fit(config, tmp_path / "half", "-c", "conf/hardware/bf16.yaml", "--trainer.max_steps", "4")
+def test_bf16_is_an_overlay(config, unbroken, tmp_path):
+    fit(config, tmp_path, "-c", "conf/hardware/bf16.yaml", "--trainer.max_steps", "4")
     single, half = (
-        [float(r["train/bound_theta"]) for r in rows(tmp_path / n) if r["train/bound_theta"]]
-        for n in ("single", "half")
+        [float(row["train/ess"]) for row in rows(run) if row["train/ess"]] for run in (unbroken(), tmp_path)
     )
-    assert len(half) == 2 and single != half and half == pytest.approx(single, abs=0.05)
+    assert len(half) == 2 and single[:2] != half and half == pytest.approx(single[:2], abs=0.05)
