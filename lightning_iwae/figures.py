@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito
 POSTERIOR, Q = "black", COLOURS[4]
+ENOUGH = 30  # effective particles for a posterior's ellipse: a standard deviation to about 13 %
 
 
 # --- what every picture shares ------------------------------------------------------------------------------
@@ -97,6 +98,7 @@ def samples(means: Tensor, shape: tuple[int, ...] | None = None, columns: int = 
         axis = drawn.add_subplot()
         axis.plot(means.detach().flatten(1).double().cpu().numpy().T, color=COLOURS[0], lw=0.8, alpha=0.5)
         axis.set(title=title, xlabel="index of x", ylabel="x")
+        axis.locator_params("x", integer=True)
         return drawn
     array = mosaic(means, shape, min(columns, len(means)))
     drawn = figure(0.4 + 9 * array.shape[0] / array.shape[1])
@@ -139,7 +141,7 @@ def posteriors(
     """p(z | x) of each of data x (N, ...), one row a model, under the data themselves if they are images.
 
     Two dimensions: the density as shades, each panel's from 0 to its maximum, with ellipses of two standard deviations
-    of p(z | x) (dashed) and of q(z | x) (solid). One dimension: both densities as lines.
+    of p(z | x) (dashed, where the particles suffice) and of q(z | x) (solid). One dimension: both densities as lines.
 
     Args:
         x: the data.
@@ -159,12 +161,13 @@ def posteriors(
         for axis, view in zip(line, views, strict=True):
             (_draw_density if len(view.axes) == 2 else _draw_line)(axis, view)
             if not math.isnan(view.ess):
-                axis.set_title(f"ESS {view.ess:.0f}", fontsize=9)
+                axis.set_title(f"ESS {view.ess:.0f}" + ", too few" * (view.ess < ENOUGH), fontsize=9)
         line[0].set_ylabel("\n".join(filter(None, [label, names[1] if len(names) > 1 else "density"])))
     for axis in axes[-1]:
         axis.set_xlabel(names[0])
-    handles, labels = axes[-1, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    panels = [axis.get_legend_handles_labels() for axis in axes[images:].flat]
+    legend = {label: handle for panel in panels for handle, label in zip(*panel, strict=True)}
+    drawn.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=2, frameon=False)
     return drawn
 
 
@@ -179,6 +182,8 @@ def _draw_density(axis: "Axes", view: View) -> None:
         ("p(z|x): density, and two standard deviations", view.mean, view.cov, POSTERIOR, "--"),
         ("q(z|x): two standard deviations", view.q_mean, view.q_cov, Q, "-"),
     ):
+        if view.ess < ENOUGH and colour == POSTERIOR:
+            continue
         variances, directions = np.linalg.eigh(cov.numpy())
         angle = math.degrees(math.atan2(directions[1, 1], directions[0, 1]))
         width, height = 4 * np.sqrt(np.maximum(variances[::-1], 0))

@@ -183,7 +183,7 @@ def test_a_posterior_is_drawn_where_it_is():
     density = torch.arange(15.0).view(3, 5).double()
     turn = torch.tensor([[math.sqrt(3) / 2, -0.5], [0.5, math.sqrt(3) / 2]]).double()  # by 30 degrees
     cov = turn @ torch.tensor([[4.0, 0.0], [0.0, 1.0]]).double() @ turn.T
-    view = View(axes, density, torch.tensor([1.0, 2.0]), cov, torch.tensor([-1.0, 0.0]), torch.eye(2) / 4, ess=7.2)
+    view = View(axes, density, torch.tensor([1.0, 2.0]), cov, torch.tensor([-1.0, 0.0]), torch.eye(2) / 4, ess=72.2)
     drawn = figures.posteriors(torch.rand(1, 4), {"IWAE": [view]}, (2, 2), ("a", "b"))
     panel = drawn.axes[1]
     image = panel.images[0]
@@ -193,9 +193,18 @@ def test_a_posterior_is_drawn_where_it_is():
     assert p.center == (1.0, 2.0) and p.angle % 180 == pytest.approx(30)
     assert (p.width, p.height) == pytest.approx((8, 4))  # two standard deviations each way
     assert q.center == (-1.0, 0.0) and (q.width, q.height) == pytest.approx((2, 2))
-    assert panel.get_title() == "ESS 7" and panel.get_xlabel() == "a" and panel.get_ylabel() == "IWAE\nb"
+    assert panel.get_title() == "ESS 72" and panel.get_xlabel() == "a" and panel.get_ylabel() == "IWAE\nb"
     left, right = panel.get_xlim()
     assert left <= 1 - 3 * math.sqrt(cov[0, 0]) + 1e-9 and right >= 1 + 3 * math.sqrt(cov[0, 0]) - 1e-9
+
+
+def test_a_posterior_known_by_few_particles_has_no_ellipse():
+    axes = torch.linspace(-1, 1, 3).double(), torch.linspace(-1, 1, 3).double()
+    views = [View(axes, torch.ones(3, 3) / 4, *[torch.zeros(2), torch.eye(2)] * 2, ess=ess) for ess in (2.4, 500.0)]
+    drawn = figures.posteriors(torch.rand(2, 4), {"": views})
+    assert [len(panel.patches) for panel in drawn.axes] == [1, 2]
+    assert [panel.get_title() for panel in drawn.axes] == ["ESS 2, too few", "ESS 500"]
+    assert len(drawn.legends[0].get_texts()) == 2
 
 
 def test_a_posterior_of_one_dimension_is_two_lines():
