@@ -156,7 +156,7 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return value.rpartition(".")[2] if re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", value) else value
     if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        return f"{value:.6g}"
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
