@@ -99,6 +99,8 @@ def names_of_settings(groups: list[Group]) -> list[str]:
         return [objective(groups[0].runs[0].settings) or "all runs"]
     labels: list[list[str]] = [[] for _ in groups]
     known = [objective(g.runs[0].settings) for g in groups]
+    if len({tuple(side(g.runs[0].settings, name)[0] for name in ("theta", "phi")) for g in groups}) > 1:
+        known = [name or both_sides(g.runs[0].settings) for name, g in zip(known, groups, strict=True)]
     if len(set(known)) > 1 and None not in known:
         labels = [[str(name)] for name in known]
     keys = list(groups[0].settings)
@@ -133,6 +135,13 @@ def objective(settings: dict[str, Any]) -> str | None:
         case "iwae", ("stl" | "dreg") if k_theta == k_phi == samples:
             return {"stl": "IWAE-STL", "dreg": "IWAE-DReG"}[phi]
     return None
+
+
+def both_sides(settings: dict[str, Any]) -> str:
+    """What an objective without a name is: theta iwae(64), phi wake(64)."""
+    sides = {name: side(settings, name) for name in ("theta", "phi")}
+    values = {name: [shown(k), *(f"{o}={shown(v)}" for o, v in rest.items())] for name, (_, k, rest) in sides.items()}
+    return ", ".join(f"{name} {shown(sides[name][0])}({', '.join(values[name])})" for name in sides)
 
 
 def side(settings: dict[str, Any], name: str) -> tuple[Any, Any, dict[str, Any]]:
