@@ -231,6 +231,7 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path):
 def test_reference_by_name_or_by_a_run_of_it(study, read_study):
     _, groups = read_study
     assert find_reference(groups, None) is groups[0]
+    assert find_reference(groups, "digits-vae-2") is groups[2]
     assert find_reference(groups, "VAE") is find_reference(groups, str(study / "digits-vae-1")) is groups[2]
     with pytest.raises(ValueError, match=r"one of iwae, piwae, vae. Got piwa\. Did you mean piwae\?"):
         find_reference(groups, "piwa")
@@ -477,7 +478,7 @@ def test_the_page_has_each_curve_with_a_band_for_each_group(pages):
 def test_links_lead_to_the_files(pages, study, tmp_path):
     report(tmp_path, study)
     links = [a["href"] for a in Page((tmp_path / "report.html").read_text()).all("a")]
-    assert len(links) == 20 and all((tmp_path / link).exists() for link in links)
+    assert len(links) == 23 and all((tmp_path / link).exists() for link in links)
 
 
 def test_the_markdown_table_has_means_spreads_and_p_values(pages):

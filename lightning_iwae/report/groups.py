@@ -174,7 +174,9 @@ def find_reference(groups: list[Group], name: str | None) -> Group:
     if name is None:
         return groups[0]
     for g in groups:
-        if name.lower() == g.name.lower() or name.rstrip("/") in {str(run.path) for run in g.runs}:
+        if name.lower() == g.name.lower() or name.rstrip("/") in {
+            n for r in g.runs for n in (str(r.path), r.path.name)
+        }:
             return g
     known = [g.name for g in groups]
     near = difflib.get_close_matches(name, known, 1, 0.5)
