@@ -182,6 +182,10 @@ def test_runs_that_differ_in_their_seeds_alone_are_a_group_with_the_directories_
         ([("run-iwae-s0", {}), ("run-iwae-s0b", {"objective": "vae"})], ["iwae", "iwae-s0b"]),
         ([("20260101-1", {}), ("20260101-2", {"objective": "vae"})], ["IWAE", "VAE"]),
         ([("mine_seed0", {})], ["mine"]),
+        (
+            [("1", {"model__phi": {"estimator": "ciwae", "particles": 8, "beta": 0.5}}), ("2", {})],
+            ["theta iwae(64), phi ciwae(8, beta=0.5)", "IWAE"],
+        ),
     ],
 )
 def test_names(made, expected, tmp_path):
@@ -227,6 +231,7 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path):
 def test_reference_by_name_or_by_a_run_of_it(study, read_study):
     _, groups = read_study
     assert find_reference(groups, None) is groups[0]
+    assert find_reference(groups, "digits-vae-2") is groups[2]
     assert find_reference(groups, "VAE") is find_reference(groups, str(study / "digits-vae-1")) is groups[2]
     with pytest.raises(ValueError, match=r"one of iwae, piwae, vae. Got piwa\. Did you mean piwae\?"):
         find_reference(groups, "piwa")
@@ -473,7 +478,7 @@ def test_the_page_has_each_curve_with_a_band_for_each_group(pages):
 def test_links_lead_to_the_files(pages, study, tmp_path):
     report(tmp_path, study)
     links = [a["href"] for a in Page((tmp_path / "report.html").read_text()).all("a")]
-    assert len(links) == 20 and all((tmp_path / link).exists() for link in links)
+    assert len(links) == 23 and all((tmp_path / link).exists() for link in links)
 
 
 def test_the_markdown_table_has_means_spreads_and_p_values(pages):
@@ -514,6 +519,7 @@ DAMAGE = {
     "empty config": ("config.yaml", b"", "expected keys and values"),
     "yaml without end": ("config.yaml", b"a: &x [*x]\n", "config.yaml is damaged"),
     "binary config": ("config.yaml", b"\x00\xff\xfe", "config.yaml is damaged"),
+    "a class without its arguments": ("config.yaml", b"a: {class_path: b, init_args: [1]}", "config.yaml is damaged"),
     "no metrics": ("metrics.csv", None, "metrics.csv is missing"),
     "empty metrics": ("metrics.csv", b"", "no column 'step'"),
     "head only": ("metrics.csv", b"step,val/elbo\n", "no rows"),
@@ -548,6 +554,21 @@ def test_a_damaged_run_is_listed_with_what_is_wrong(damage, tmp_path):
     assert f"{MINUS}22.50 ± 0." in text or f"{MINUS}22.33 ± 0.58" in text
 
 
+def test_no_damage_raises(tmp_path):
+    """Files cut short, with bytes changed, or swapped: read and drawn all the same."""
+    rng = np.random.default_rng(0)
+    whole = write(tmp_path / "runs/whole", 0, steps=31)
+    for i in range(60):
+        path = write(tmp_path / f"runs/damaged-{i}", i, steps=31)
+        target = path / runs.FILES[i % 3]
+        content = bytearray((whole / runs.FILES[rng.integers(3)]).read_bytes() if i % 5 == 0 else target.read_bytes())
+        for _ in range(rng.integers(6)):
+            content[rng.integers(len(content))] = rng.integers(256)
+        target.write_bytes(content[: rng.integers(len(content))] if i % 2 else content)
+    page, _ = report(tmp_path, tmp_path / "runs")
+    Page(page)
+
+
 def test_a_damaged_picture_is_told_and_the_others_are_shown(tmp_path):
     run = write(tmp_path / "a", steps=31, picture=(50, 50))
     (run / "figures/torn.png").write_bytes((run / "figures/samples.png").read_bytes()[:60])
@@ -567,6 +588,17 @@ def test_what_comes_from_files_is_escaped(tmp_path):
     assert len(parsed.all("script")) == 1 and len(parsed.all("img")) == 1 and "alert(1)" in "".join(parsed.texts[:10])
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
     assert "<script>" not in text.replace(markdown.code(evil), "")
+
+
+def test_a_figure_that_only_some_seeds_have_says_of_how_many(tmp_path):
+    for seed in range(3):
+        write(tmp_path / f"a-{seed}", seed, steps=31, log_px=-20 - seed)
+    content = json.loads((tmp_path / "a-2/evaluation.json").read_text())
+    (tmp_path / "a-2/evaluation.json").write_text(json.dumps(content | {"log_px": {"mean": -math.inf, "se": 1.0}}))
+    page, text = report(tmp_path, tmp_path)
+    assert (
+        f"{MINUS}20.50 ± 0.71 (n=2)" in text and f"{MINUS}20.50 ± 0.71 (n=2)" in page and "log_px is not finite" in page
+    )
 
 
 def test_no_run_is_evaluated_yet(tmp_path):

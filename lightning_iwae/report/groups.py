@@ -99,6 +99,8 @@ def names_of_settings(groups: list[Group]) -> list[str]:
         return [objective(groups[0].runs[0].settings) or "all runs"]
     labels: list[list[str]] = [[] for _ in groups]
     known = [objective(g.runs[0].settings) for g in groups]
+    if len({tuple(side(g.runs[0].settings, name)[0] for name in ("theta", "phi")) for g in groups}) > 1:
+        known = [name or both_sides(g.runs[0].settings) for name, g in zip(known, groups, strict=True)]
     if len(set(known)) > 1 and None not in known:
         labels = [[str(name)] for name in known]
     keys = list(groups[0].settings)
@@ -135,6 +137,13 @@ def objective(settings: dict[str, Any]) -> str | None:
     return None
 
 
+def both_sides(settings: dict[str, Any]) -> str:
+    """What an objective without a name is: theta iwae(64), phi wake(64)."""
+    sides = {name: side(settings, name) for name in ("theta", "phi")}
+    values = {name: [shown(k), *(f"{o}={shown(v)}" for o, v in rest.items())] for name, (_, k, rest) in sides.items()}
+    return ", ".join(f"{name} {shown(sides[name][0])}({', '.join(values[name])})" for name in sides)
+
+
 def side(settings: dict[str, Any], name: str) -> tuple[Any, Any, dict[str, Any]]:
     """(estimator, particles, options that are set) of theta or phi."""
     start = f"model.{name}."
@@ -156,7 +165,7 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return value.rpartition(".")[2] if re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", value) else value
     if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        return f"{value:.6g}"
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
@@ -165,7 +174,9 @@ def find_reference(groups: list[Group], name: str | None) -> Group:
     if name is None:
         return groups[0]
     for g in groups:
-        if name.lower() == g.name.lower() or name.rstrip("/") in {str(run.path) for run in g.runs}:
+        if name.lower() == g.name.lower() or name.rstrip("/") in {
+            n for r in g.runs for n in (str(r.path), r.path.name)
+        }:
             return g
     known = [g.name for g in groups]
     near = difflib.get_close_matches(name, known, 1, 0.5)

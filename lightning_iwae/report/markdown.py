@@ -35,7 +35,8 @@ def figures_table(groups: list[Group], reference: Group, results: Results) -> st
     rows = []
     for i, g in enumerate(groups):
         name = escape(g.name) + (" (reference)" if g is reference and results.tests else "")
-        rows.append([name, str(len(g.evaluated)), *(cell(results, i, figure) for figure in results.figures)])
+        seeds = len(g.evaluated)
+        rows.append([name, str(seeds), *(cell(results, i, figure, seeds) for figure in results.figures)])
     return table(head, rows)
 
 
@@ -45,24 +46,25 @@ def heading(figure: str) -> str:
     return escape(f"{label} ({unit})" if unit else label)
 
 
-def cell(results: Results, group: int, figure: str) -> str:
+def cell(results: Results, group: int, figure: str, seeds: int) -> str:
     """`**-22.05 ± 0.08**, p = 0.012*`."""
     summary = results.cells[group].get(figure)
     if summary is None:
         return "\N{EN DASH}"
-    text = spread(results, figure, summary)
+    text = spread(results, figure, summary, seeds)
     text = f"**{text}**" if results.best.get(figure) == group else text
     test = results.tests.get((group, figure))
     star = r" \*" if test is not None and test.adjusted < 0.05 else ""
     return text if test is None else f"{text}; p {p_value(test.adjusted)}{star}"
 
 
-def spread(results: Results, figure: str, summary: Summary) -> str:
-    """Mean ± sd over seeds; of one seed mean (± standard error of the evaluation)."""
+def spread(results: Results, figure: str, summary: Summary, seeds: int) -> str:
+    """Mean ± sd over seeds; of one seed mean (± standard error of the evaluation). Says if it is of fewer seeds."""
     mean = results.text(figure, summary.mean)
+    fewer = f" (n={summary.n})" if summary.n != seeds else ""
     if summary.sd is not None:
-        return f"{mean} ± {results.text(figure, summary.sd)}"
-    return mean if summary.se is None else f"{mean} (± {results.text(figure, summary.se)})"
+        return f"{mean} ± {results.text(figure, summary.sd)}{fewer}"
+    return mean + ("" if summary.se is None else f" (± {results.text(figure, summary.se)})") + fewer
 
 
 def p_value(p: float) -> str:

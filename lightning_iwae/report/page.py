@@ -78,11 +78,12 @@ def render(
         "number": {id(run): number.get(id(run)) for run in runs},
         "id": id,
         "colour": colour,
-        "row_order": chosen + [i for i in ranked(groups, results) if i not in colour],
+        "row_order": ranked(groups, results) if len(groups) > COLOURS else chosen,
         "keys": list(groups[0].settings),
         "common": common(runs),
         "strips": [strip(f, groups, chosen[:STRIP], results) for f in results.figures],
         "panels": [p for metric in CURVES if (p := curves.panel(metric, groups)) is not None],
+        "in_front": lambda lines: sorted(lines, key=lambda line: (line.group in colour, -line.group)),
         "titles": TITLES,
         "units": UNITS,
         "summary": summary,
@@ -104,9 +105,11 @@ def coloured(groups: list[Group], reference: Group, results: Results) -> list[in
 
 
 def ranked(groups: list[Group], results: Results) -> list[int]:
-    """Groups by log p(x), those without it last."""
-    means = [cell["log_px"].mean if "log_px" in cell else -np.inf for cell in results.cells]
-    return sorted(range(len(groups)), key=lambda i: -means[i])
+    """Groups by log p(x): on the test data, then those that have only its last value in training, then the others."""
+    last = [[run.curves["val/log_px"].values[-1:] for run in g.runs if "val/log_px" in run.curves] for g in groups]
+    trained = [float(np.mean(np.concatenate(v))) if v and all(map(len, v)) else -np.inf for v in last]
+    tested = [cell["log_px"].mean if "log_px" in cell else -np.inf for cell in results.cells]
+    return sorted(range(len(groups)), key=lambda i: (-tested[i], -trained[i]))
 
 
 def subtitle(groups: list[Group], runs: list[Run]) -> str:

@@ -24,6 +24,7 @@ class Picture(NamedTuple):
 
     group: int
     run: Run
+    path: Path
     uri: str  # data:...
     width: int
     height: int
@@ -56,7 +57,8 @@ def gallery(groups: list[Group], chosen: list[int]) -> tuple[dict[str, list[Pict
                 problems.append(f"{path} is left out: the page is full")
                 continue
             left -= len(data) * 4 // 3
-            out[name].append(Picture(i, run, f"data:{media};base64,{base64.b64encode(data).decode()}", *size))
+            uri = f"data:{media};base64,{base64.b64encode(data).decode()}"
+            out[name].append(Picture(i, run, path, uri, *size))
     return dict(out), problems
 
 

@@ -28,7 +28,7 @@ CURVES = (
 )
 FLOORS = ("snr/phi_floor", "snr/theta_floor")  # what pure noise would give
 PRESENTATION = ("trainer.logger", "trainer.enable_", "trainer.callbacks.Figures", "ckpt_path", "weights_only")
-DAMAGE = (OSError, ValueError, yaml.YAMLError, csv.Error, RecursionError)
+DAMAGE = (OSError, ValueError, TypeError, yaml.YAMLError, csv.Error, RecursionError)
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
 
 
