@@ -1,8 +1,9 @@
-"""The sub-commands that Lightning runs: fit, validate, test. Where a run's files go, and what is said at its end."""
+"""The sub-commands that Lightning runs. Where a run's files go, and what is said at its end."""
 
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from functools import cached_property
@@ -17,11 +18,13 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from . import loggers, resume
-from .callbacks import Checkpoints
+from .callbacks import Checkpoints, Predictions
 from .checked import CheckedCLI
 from .evaluation import table
 from .metrics_csv import MetricsCSV
+from .mistakes import Mistake
 from .module import IWModule
+from .predictions import summary
 from .signals import Interrupted, Signals
 from .writing import replacing
 
@@ -99,7 +102,7 @@ class CLI(CheckedCLI):
         config.ckpt_path = self._checkpoint_path(config.ckpt_path)
         if "weights_only" in config:
             config.weights_only = True
-        if self.subcommand != "fit":
+        if "verbose" in config:  # of validate and test
             config.verbose = False  # Lightning's table; ours follows
         if config.ckpt_path is not None:
             self.checkpoint = resume.read(Path(config.ckpt_path))
@@ -146,6 +149,8 @@ class CLI(CheckedCLI):
         callbacks = as_list(given.callbacks)
         if given.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks.append(Checkpoints())
+        if self.subcommand == "predict" and not any(isinstance(c, Predictions) for c in callbacks):
+            callbacks.append(Predictions())
         for callback in callbacks:
             if isinstance(callback, Checkpoints):
                 callback.signals = self.signals
@@ -186,6 +191,12 @@ class CLI(CheckedCLI):
             path.write_text(json.dumps(self.model.result, indent=2) + "\n")
             print(f"\nTest set\n{table(self.model.result)}\n\nSaved as {path}", flush=True)
 
+    def after_predict(self) -> None:
+        """Say what was found, and where it is."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Predictions) and callback.rows is not None:
+                print(f"\n{summary(callback.rows)}\n\nSaved as {callback.written}", flush=True)
+
 
 def launched() -> bool:
     """Whether this process was started by the first process of the run, under DDP."""
@@ -218,6 +229,27 @@ def fresh_directory() -> Path:
     return path
 
 
+def of_run(args: list[str]) -> list[str]:
+    """`test RUN`, `predict RUN` and `predict RUN FILE` written out: a run's config, its best checkpoint, FILE as data.
+
+    FILE is taken as it is, uint8 divided by 255. Options behind it win, as ever.
+    """
+    command, *words = args
+    if command == "fit" or not words or words[0].startswith("-"):
+        return args
+    run, *words = words
+    config = Path(run) / "config.yaml"
+    if not config.is_file():
+        raise Mistake(f"{command} {run}: must be a run's directory. There is no {config}.")
+    data = []
+    if words and not words[0].startswith("-"):
+        file, *words = words
+        data = ["--data", "lightning_iwae.data.Arrays"]
+        settings = {"train": file, "val": file, "test": file, "validation": "null", "binarization": "none"}
+        data += [word for key, value in settings.items() for word in (f"--data.init_args.{key}", value)]
+    return [command, "-c", str(config), "--trainer.default_root_dir", run, "--ckpt_path", "best", *data, *words]
+
+
 def quieten() -> None:
     """Leave out what Lightning says that is no user's business here: an advertisement, a deprecation of its own.
 
@@ -231,6 +263,7 @@ def quieten() -> None:
 
 def run(args: list[str] | None) -> None:
     """Parse the arguments of a sub-command and run it; `Interrupted` if a signal stops it."""
+    args = of_run(sys.argv[1:] if args is None else args)
     quieten()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.samples} under a sub-command
     started_by_another = launched()

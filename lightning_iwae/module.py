@@ -15,8 +15,9 @@ from torch.distributions import Distribution
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from . import __version__, bounds, routing
+from .diagnostics import LEAST_PARTICLES
 from .estimators import Side
-from .evaluation import Totals, evaluate_for_means, importance_sample, moment
+from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment
 from .models import check_model, given
 from .randomness import seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
@@ -293,8 +294,12 @@ class IWModule(LightningModule):
         stage = "test" if self.trainer.testing else "val"
         means = {f"{stage}/{k}": v["mean"] if isinstance(v, dict) else float(v) for k, v in result.items()}
         self.log_dict(means, sync_dist=True)
+        self.result = result | self.about()
+
+    def about(self) -> dict[str, Any]:
+        """What figures depend on beside the weights."""
         data = getattr(self.trainer, "datamodule", None)
-        self.result = result | {
+        return {
             "particles": self.test_particles,
             "data": type(data).__name__,
             "binarization": getattr(data, "binarization", None),
@@ -302,6 +307,24 @@ class IWModule(LightningModule):
             "version": __version__,
             "device": str(self.device),
         }
+
+    def on_predict_start(self) -> None:
+        """Refuse particles too few for a Pareto k-hat."""
+        if self.test_particles < LEAST_PARTICLES:
+            raise ValueError(
+                f"model.test_particles must be at least {LEAST_PARTICLES} in a prediction, for its Pareto k-hat. "
+                f"Got {self.test_particles}."
+            )
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Mean and scale of q(z | x), where it knows them, and figures: of the same draws as `test`'s, per datum."""
+        self._seed_evaluation("test", batch_idx)
+        x, y = split(batch)
+        model = given(self.network, y)
+        figures = evaluate(model, x, self.test_particles, k_hat=True)
+        q = model.posterior(x)
+        moments = {"mean": moment(q, "mean"), "scale": moment(q, "stddev")}
+        return {name: value for name, value in moments.items() if value is not None} | figures
 
     def _seed_evaluation(self, stage: str, batch_idx: int) -> None:
         torch.manual_seed(seed_for(self.seed, stage, self.global_rank, batch_idx))

@@ -9,12 +9,15 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils.data import DataLoader
 
+from lightning_iwae.callbacks import Predictions
 from lightning_iwae.data import Digits, Gaussian
 from lightning_iwae.estimators import Side
 from lightning_iwae.models import MLP, LinearGaussian
@@ -241,8 +244,8 @@ def test_what_is_not_finite_on_one_rank_ends_both(ranks, fault, named, rank, acc
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
-def evaluated(size, batch_size):
-    """Of a model whose log-weights are log p(x) whatever z, so that every estimate is exact."""
+def exact_toy(size, batch_size):
+    """Data, and a module whose log-weights are log p(x) whatever z, so that every estimate is exact."""
     data = Gaussian(batch_size=batch_size, dim=4, size=size)
     data.setup()
     network = LinearGaussian(dim=4, variance=0.5)
@@ -252,6 +255,12 @@ def evaluated(size, batch_size):
         network.inference.bias.copy_(data.mu_true / 2)
     module = IWModule(network, samples=2, theta=Side("iwae", 2), phi=Side("iwae", 2), test_particles=70)
     module.optimizer_phi = module.optimizer_theta = partial(torch.optim.SGD, lr=0.0)
+    return data, module
+
+
+def evaluated(size, batch_size):
+    data, module = exact_toy(size, batch_size)
+    network = module.network
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(module, data)
     validated = {name: trainer.callback_metrics[f"val/{name}"].item() for name in ("elbo", "iwae_64")}
@@ -274,3 +283,31 @@ def test_evaluation_takes_every_datum_once(ranks, size, batch_size):
         assert result["kl_q_posterior"]["mean"] == pytest.approx(0, abs=1e-9)
         assert result["active_units"] == active
         assert logged == pytest.approx(test.mean().item(), rel=1e-6)
+
+
+class PlainLoader(Gaussian):
+    """Whose batches torch cuts, and Lightning's sampler shares out: every other datum to each process."""
+
+    def predict_dataloader(self):
+        return DataLoader(self.test, batch_size=self.batch_size)
+
+
+def predicted(loader, size, batch_size, path):
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    data, module = exact_toy(size, batch_size)
+    data.__class__ = loader
+    quiet_trainer(callbacks=[Predictions(path)]).predict(module, data)
+    with torch.no_grad():
+        x = data.test.double()
+        return module.network.exact_log_px(x), module.network.posterior(x).mean
+
+
+@pytest.mark.parametrize("loader", [Gaussian, PlainLoader])
+@pytest.mark.parametrize(("size", "batch_size"), [(26, 8), (9, 4)])
+def test_predictions_are_of_every_datum_once_in_order(ranks, loader, size, batch_size, tmp_path):
+    path = str(tmp_path / "predictions.npz")
+    exact, mean = ranks(predicted, loader, size, batch_size, path)[0]
+    with np.load(path) as rows:
+        np.testing.assert_array_equal(rows["index"], np.arange(size))
+        np.testing.assert_allclose(rows["log_px"], exact, rtol=1e-9)
+        np.testing.assert_allclose(rows["mean"], mean, rtol=1e-9)

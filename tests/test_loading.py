@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributions import ExpTransform, Independent, LogNormal, Normal, TransformedDistribution
 
 import lightning_iwae
-from lightning_iwae.cli import main
 from lightning_iwae.data import Gaussian
 from lightning_iwae.loading import Run, load
 from lightning_iwae.models import MLP, LinearGaussian
@@ -58,54 +57,39 @@ def z_score(sample, expected):
     return (sample.mean() - expected) / (sample.std(ddof=1) / math.sqrt(sample.size))
 
 
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    """The directory of a real run, of seed 3."""
-    run = tmp_path_factory.mktemp("fit") / "run"
-    small = ["--data.init_args.size", "70", "--data.init_args.batch_size", "32", "--trainer.max_epochs", "2"]
-    small += ["--data.init_args.dim", "3", "--model.network.init_args.dim", "3", "--trainer.callbacks", "null"]
-    small += ["--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_iwae.cli.keep_freed_memory", lambda: None)
-        patch.setattr(sys, "argv", ["lightning_iwae"])
-        config = str(ROOT / "conf/gaussian.yaml")
-        main(["fit", "-c", config, *small, "--seed_everything", "3", "--trainer.default_root_dir", str(run)])
-    return run
-
-
 # --- loading ------------------------------------------------------------------------------------------------
-def test_a_fits_run_is_loaded_in_one_line(fitted):
+def test_a_fits_run_is_loaded_in_one_line(gaussian_run):
     before = torch.get_rng_state()
-    run = lightning_iwae.load(str(fitted), "last")
+    run = lightning_iwae.load(str(gaussian_run), "last")
     assert torch.equal(torch.get_rng_state(), before)
-    weights = torch.load(fitted / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    weights = torch.load(gaussian_run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert {f"network.{name}" for name in run.network.state_dict()} == set(weights)
     assert all(torch.equal(value, weights[f"network.{name}"]) for name, value in run.network.state_dict().items())
     assert type(run.network) is LinearGaussian and not run.network.training
-    assert run.config == yaml.safe_load((fitted / "config.yaml").read_text())
+    assert run.config == yaml.safe_load((gaussian_run / "config.yaml").read_text())
     assert run.step == 4
     assert repr(run).startswith("Run(LinearGaussian, ") and "last.ckpt, step 4, cpu" in repr(run)
 
 
-def test_the_runs_data_are_those_of_its_seed(fitted):
-    run = load(fitted, "last")
+def test_the_runs_data_are_those_of_its_seed(gaussian_run):
+    run = load(gaussian_run, "last")
     data, same = run.data(), Gaussian(dim=3, size=70, batch_size=32, seed=3)
     same.setup()
     assert torch.equal(data.test, same.test) and data.batch_size == 32
     assert run.log_px(data.test, 30).shape == (70,)
 
 
-def test_a_checkpoint_outside_its_run_is_loaded_by_the_settings_in_it(fitted, tmp_path):
+def test_a_checkpoint_outside_its_run_is_loaded_by_the_settings_in_it(gaussian_run, tmp_path):
     moved = tmp_path / "mine.ckpt"
-    moved.write_bytes((fitted / "checkpoints/last.ckpt").read_bytes())
-    run, original = load(moved), load(fitted / "checkpoints/last.ckpt")
+    moved.write_bytes((gaussian_run / "checkpoints/last.ckpt").read_bytes())
+    run, original = load(moved), load(gaussian_run / "checkpoints/last.ckpt")
     assert torch.equal(run.encode(items(4)).mean, original.encode(items(4)).mean)
     assert run.config["model"] == original.config["model"]
 
 
-def test_loading_needs_no_lightning(fitted):
-    code = f"import lightning_iwae, torch, sys; run = lightning_iwae.load({str(fitted)!r}, 'last'); run.sample(2); "
-    code += "run.log_px(torch.zeros(2, 3), 30); sys.exit('lightning' in sys.modules)"
+def test_loading_needs_no_lightning(gaussian_run):
+    code = f"import lightning_iwae, torch, sys; run = lightning_iwae.load({str(gaussian_run)!r}, 'last'); "
+    code += "run.sample(2); run.log_px(torch.zeros(2, 3), 30); sys.exit('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
 
 
