@@ -44,7 +44,6 @@ MAY_IMPORT = {
     "signals": set(),
     "resume": set(),
     "metrics_csv": {"writing"},
-    "loggers": set(),
     "posteriors": {"weights"},
     "figures": {"posteriors", "weights"},
     "curves": {"figures"},
@@ -62,11 +61,7 @@ MAY_IMPORT = {
         "predictions",
     },
     "mistakes": set(),
-    "configs": {"mistakes"},
     "class_paths": {"mistakes"},
-    "explain": {"mistakes", "configs", "class_paths"},
-    "command_help": {"cli"},
-    "checked": {"mistakes", "configs", "explain", "command_help", "module"},
     "loading": {"resume", "class_paths", "mistakes", "models", "evaluation", "diagnostics", "randomness"},
     "report": set(),
     "__init__": {"_version", "estimators", "routing", "loading"},
@@ -81,22 +76,17 @@ OUTSIDE = {
     "predictions": {"torch", "numpy"},
     "signals": set(),
     "metrics_csv": {"lightning"},
-    "loggers": {"lightning"},
     "figures": {"torch", "numpy", "matplotlib", "PIL"},
     "curves": {"numpy", "matplotlib"},
     "data": {"torch", "lightning", "numpy", "scipy", "sklearn"},
     "mistakes": set(),
-    "configs": {"yaml"},
     "class_paths": set(),
-    "command_help": set(),
-    "explain": {"jsonargparse", "omegaconf"},
-    "checked": {"torch", "lightning", "jsonargparse", "omegaconf"},
     "module": {"torch", "lightning"},
     "loading": {"torch", "numpy", "yaml", "jsonargparse", "lightning"},
     "callbacks": {"torch", "lightning", "matplotlib"},
     "report": {"numpy", "scipy", "yaml", "jinja2", "markupsafe", "PIL"},
 }
-ANYTHING = {"cli", "commands", "sweep"}  # the edge of the package
+ANYTHING = {"cli", "sweep"}  # the edge of the package
 
 
 def source_files(root=ROOT):
@@ -230,7 +220,7 @@ def test_picture_has_no_part_that_is_gone():
 
 
 def test_all_below_the_module_works_without_lightning():
-    with_it = {name for name, libraries in OUTSIDE.items() if "lightning" in libraries} | {"command_help", "__main__"}
+    with_it = {name for name, libraries in OUTSIDE.items() if "lightning" in libraries} | {"__main__"}
     parts = sorted({part(module) for module in FILES} - with_it - ANYTHING)
     assert {"__init__", "routing", "models", "evaluation"} <= set(parts)
     imports = ", ".join(f"{PACKAGE}.{name}".removesuffix(".__init__") for name in parts)

@@ -16,9 +16,9 @@ from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .class_paths import an, find_class, public
+from ..class_paths import an, find_class, public
+from ..mistakes import Mistake, did_you_mean, nearest, shown
 from .configs import Request, merge
-from .mistakes import Mistake, did_you_mean, nearest, shown
 
 
 class Fault(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .mistakes import Mistake, did_you_mean, nearest
+from ..mistakes import Mistake, did_you_mean, nearest
 
 FLAGS = ("-h", "--help", "--print_config")
 NUMBER = re.compile(r"-\.?\d")

@@ -19,10 +19,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from ..mistakes import Mistake, did_you_mean, nearest, raised_here, shown
+from ..module import check_precision
 from . import configs, explain
-from .command_help import command_help
-from .mistakes import Mistake, did_you_mean, nearest, raised_here, shown
-from .module import check_precision
+from .help import command_help
 
 LIBRARIES = ("torch", "lightning", "lightning_iwae")
 

@@ -6,7 +6,7 @@ from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Iterator
 from typing import Any
 
-from .cli import COMMANDS
+from . import COMMANDS
 
 WIDTH, INDENT = 110, 34
 SECTIONS = {

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ._version import __version__
-from .mistakes import Mistake, did_you_mean, nearest, raised_here
-from .signals import Interrupted
+from .._version import __version__
+from ..mistakes import Mistake, did_you_mean, nearest, raised_here
+from ..signals import Interrupted
 
 COMMANDS = {
     "fit": "train both networks; writes a run directory",
@@ -74,7 +74,7 @@ def main(args: list[str] | None = None) -> None:
     with one_message():
         check_command(words[0])
         if words[0] == "report":
-            from . import report  # reads files only: no Lightning
+            from .. import report  # reads files only: no Lightning
 
             return report.main(words[1:])
         keep_freed_memory()
@@ -128,7 +128,7 @@ def status_of(error: Exception) -> int | None:
         return 1
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from .data import DataError
+    from ..data import DataError
 
     if isinstance(error, DataError | MisconfigurationException):
         return 2

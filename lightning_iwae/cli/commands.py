@@ -17,16 +17,17 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from . import loggers, resume
-from .callbacks import Checkpoints, Predictions
+from .. import resume
+from ..callbacks import Checkpoints, Predictions
+from ..evaluation import table
+from ..metrics_csv import MetricsCSV
+from ..mistakes import Mistake
+from ..module import IWModule
+from ..predictions import summary
+from ..signals import Interrupted, Signals
+from ..writing import replacing
+from . import loggers
 from .checked import CheckedCLI
-from .evaluation import table
-from .metrics_csv import MetricsCSV
-from .mistakes import Mistake
-from .module import IWModule
-from .predictions import summary
-from .signals import Interrupted, Signals
-from .writing import replacing
 
 RUN_DIRECTORY = "LIGHTNING_IWAE_RUN_DIRECTORY"  # tells processes that DDP starts where the run of the first one is
 
