@@ -17,9 +17,9 @@ from scipy.integrate import quad
 from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal
 
-from lightning_iwae import curves, figures, loggers, posteriors
+from lightning_iwae import curves, figures, posteriors
 from lightning_iwae.callbacks import Figures
-from lightning_iwae.cli import main
+from lightning_iwae.cli import loggers, main
 from lightning_iwae.estimators import Side
 from lightning_iwae.models import LinearGaussian
 from lightning_iwae.module import IWModule

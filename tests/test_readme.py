@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -14,8 +15,10 @@ from lightning_iwae.cli import main
 from .test_cli import ROOT, SMALL, STAND_IN
 
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = [c for block in re.findall(r"```bash\n(.*?)```", README, re.S) for c in block.splitlines() if c]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.S)]
+COMMANDS = [c for block in BLOCKS for c in block.splitlines() if c.startswith("python -m lightning_iwae")]
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +28,14 @@ def _workplace(tmp_path, monkeypatch):
         if name := re.match(r"# (\w+\.py)\n", code):
             (tmp_path / name[1]).write_text(code)
     (tmp_path / "conf").symlink_to(ROOT / "conf")
+    np.save(tmp_path / "pixels.npy", np.arange(200 * 64, dtype=np.uint8).reshape(200, 64))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning_iwae"])
     monkeypatch.setattr("lightning_iwae.cli.keep_freed_memory", lambda: None)
     monkeypatch.setattr("lightning_iwae.callbacks.Figures._draw", lambda *_: None)  # seconds; see test_figures.py
     yield
-    for name in ("my_models", "my_estimators"):
+    for name in ("my_models", "my_estimators", "my_conditional"):
         sys.modules.pop(name, None)
 
 
@@ -41,32 +45,48 @@ def test_there_is_something_to_test():
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
 def test_python(code):
+    if "runs/digits" in code:
+        a_run()
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def a_run():
+    main(["fit", "-c", "conf/digits.yaml", "--trainer.default_root_dir", "runs/digits", *SMALL])
+
+
+ENDS = {"fit": "The run's files are in", "test": "L_64", "predict": "Saved as", "report": "report.html"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, capsys):
-    words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "lightning_iwae"]
-    args = words[3:]
-    if args[0] == "test":
-        main(["fit", "-c", "conf/digits.yaml", "--trainer.default_root_dir", "runs/digits", *SMALL])
-    stand_in = STAND_IN if any("mnist" in a for a in args) else []
+    name, *args = shlex.split(command)[3:]
+    if "runs" in command:
+        a_run()
     if "--print_config" in args:
         with pytest.raises(SystemExit) as stop:
-            main(args)
+            main([name, *args])
         assert stop.value.code == 0
         return
-    main([*args, *SMALL, *stand_in])
-    assert "The run's files are in" in capsys.readouterr().out or args[0] == "test"
+    stand_in = STAND_IN if any("mnist" in a for a in args) else []
+    few = {"fit": SMALL, "report": []}.get(name, ["--model.test_particles", "70"])
+    main([name, *args, *few, *stand_in])
+    assert ENDS[name] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("config", re.findall(r"```yaml\n(.*?)```", README, re.S), ids=["model"])
+@pytest.mark.parametrize("config", [c for page in PAGES for c in re.findall(r"```yaml\n(.*?)```", page, re.S)])
 def test_yaml(config, tmp_path):
     (tmp_path / "options.yaml").write_text(config)
+    if "callbacks" in config or ("class_path" in config and "MLP" in config):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "-c", "conf/digits.yaml", "-c", "options.yaml", "--print_config"])
+        assert stop.value.code == 0
+        return
     main(["fit", "-c", "conf/digits.yaml", "-c", "options.yaml", *SMALL])
     (saved,) = tmp_path.glob("runs/*/config.yaml")
-    assert yaml.safe_load(saved.read_text())["model"]["accumulate"] == yaml.safe_load(config)["model"]["accumulate"]
+    saved_model = yaml.safe_load(saved.read_text())["model"]
+    for key, value in yaml.safe_load(config)["model"].items():
+        if key in ("accumulate", "kl_warmup", "clip_phi"):
+            assert saved_model[key] == value
 
 
 def test_files_and_configs_that_it_names_exist():
