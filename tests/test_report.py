@@ -182,6 +182,7 @@ def test_runs_that_differ_in_their_seeds_alone_are_a_group_with_the_directories_
         ([("run-iwae-s0", {}), ("run-iwae-s0b", {"objective": "vae"})], ["iwae", "iwae-s0b"]),
         ([("20260101-1", {}), ("20260101-2", {"objective": "vae"})], ["IWAE", "VAE"]),
         ([("mine_seed0", {})], ["mine"]),
+        ([("trial-0", {}), ("trial-1", {"objective": "vae"})], ["IWAE", "VAE"]),
         (
             [("1", {"model__phi": {"estimator": "ciwae", "particles": 8, "beta": 0.5}}), ("2", {})],
             ["theta iwae(64), phi ciwae(8, beta=0.5)", "IWAE"],

@@ -65,7 +65,7 @@ def run(args: list[str]) -> None:
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page.render(html, title, command, groups, reference, compared, warned, found), encoding="utf-8")
     text.write_text(markdown.document(title, groups, reference, compared, warned, damaged), encoding="utf-8")
-    print(f"{len(found)} runs in {len(groups)} groups, {len(damaged)} unfinished or damaged.")
+    print(f"{page.subtitle(groups, found)}; {len(damaged) or 'none'} unfinished or damaged.")
     print(f"Saved as {html} and {text}")
 
 

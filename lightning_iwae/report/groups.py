@@ -75,7 +75,10 @@ def names(groups: list[Group]) -> list[str]:
 
 
 def names_of_directories(groups: list[Group]) -> list[str] | None:
-    """digits-iwae-0, digits-iwae-1, digits-vae-0 -> iwae, vae; None unless they name every group, each its own."""
+    """digits-iwae-0, digits-iwae-1, digits-vae-0 -> iwae, vae; None unless they name every group, each its own.
+
+    Numbers alone do not: trial-1, trial-2 are no names.
+    """
     stems = [{stem(run) for run in g.runs + g.repeats} for g in groups]
     if any(len(s) != 1 for s in stems) or len(set.union(set(), *stems)) != len(groups):
         return None
@@ -83,7 +86,8 @@ def names_of_directories(groups: list[Group]) -> list[str] | None:
     while len(groups) > 1 and len({w[0] for w in words}) == 1 and min(map(len, words)) > 1:
         words = [w[1:] for w in words]
     joined = ["-".join(w) for w in words]
-    return joined if all(re.search(r"[A-Za-z]{2}", name) for name in joined) else None
+    letters = {re.sub(r"[\W\d_]", "", name) for name in joined}
+    return joined if len(letters) == len(groups) and min(map(len, letters)) > 1 else None
 
 
 def stem(run: Run) -> str:
