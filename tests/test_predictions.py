@@ -189,6 +189,13 @@ def test_a_file_of_ones_own_is_predicted(n, run, tmp_path, capsys):
         assert str(file["checkpoint"]).endswith("last.ckpt") and file["seed"] == 9
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_the_short_form_is_in_the_help(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"python -m lightning_iwae {command} RUN [FILE]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["predict", "nothing"], "predict nothing: must be a run's directory. There is no nothing/config.yaml."),
     (["predict", "RUN", "nothing.npy"], "no file nothing.npy"),

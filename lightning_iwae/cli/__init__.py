@@ -30,7 +30,6 @@ commands:
 examples:
   {USAGE} fit -c conf/mnist.yaml
   {USAGE} fit -c conf/digits.yaml -c conf/objective/dreg.yaml --model.phi.particles 16
-  {USAGE} test -c runs/digits/config.yaml --ckpt_path runs/digits/checkpoints/best.ckpt
   {USAGE} test runs/digits
   {USAGE} predict runs/digits mine.npy
 

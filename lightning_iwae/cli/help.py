@@ -18,11 +18,17 @@ SECTIONS = {
 RUN = ("config", "seed_everything", "ckpt_path", "weights_only")
 HEAD = """\
 usage: python -m lightning_iwae {name} -c CONFIG [-c OVERLAY ...] [--KEY VALUE ...]
-
+{short}
 {name}: {what}
 
 Every key can stand in a config or on the command line, which wins; a later file wins over an earlier one.
 In a config `model.phi.particles` is {{model: {{phi: {{particles: 8}}}}}}.
+"""
+SHORT = """\
+       python -m lightning_iwae {name} RUN [FILE] [--KEY VALUE ...]
+
+RUN, a run's directory, stands for its config.yaml, itself and its best checkpoint. FILE, .npy or .npz, is data of
+your own, taken as they are, but uint8 divided by 255.
 """
 CLASSES = """\
 CLASS is a dotted path, yours or one below; its arguments follow as init_args:
@@ -45,7 +51,9 @@ OURS = {
 
 def command_help(parser: ArgumentParser, name: str) -> str:
     """The help of the sub-command `name`."""
-    lines = [HEAD.format(name=name, what=COMMANDS.get(name, parser.description)), CLASSES.format(name=name)]
+    short = "" if name == "fit" else SHORT.format(name=name)
+    what = COMMANDS.get(name, parser.description)
+    lines = [HEAD.format(name=name, what=what, short=short), CLASSES.format(name=name)]
     actions = {action.dest: action for action in parser._actions if shows(action)}
     for title, what in SECTIONS.items():
         lines.append(f"{title}:{f'  {what}' if what else ''}")
