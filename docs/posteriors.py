@@ -7,31 +7,12 @@ the first of the validation data. With two latent dimensions the densities are c
 """
 
 import argparse
-import importlib
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
+import lightning_iwae
 from lightning_iwae import figures, posteriors
-
-
-def make(config: dict[str, Any]) -> Any:
-    """What a config's class_path and init_args say."""
-    module, _, name = config["class_path"].rpartition(".")
-    return getattr(importlib.import_module(module), name)(**config["init_args"])
-
-
-def load(run: Path) -> tuple[Any, torch.Tensor, Any]:
-    """The run's network, its first validation data, and the shape they declare."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    network, data = make(config["model"]["network"]), make(config["data"])
-    state = torch.load(run / "checkpoints/best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
-    data.prepare_data()
-    data.setup()
-    return network.eval(), next(iter(data.val_dataloader())), getattr(data, "image_shape", None)
 
 
 def main() -> None:
@@ -44,14 +25,16 @@ def main() -> None:
     args = parser.parse_args()
     rows = {}
     for run in args.runs:
-        network, batch, declared = load(run)
+        trained = lightning_iwae.load(run)
+        network, data = trained.network, trained.data("fit")
+        batch = next(iter(data.val_dataloader()))
         x = batch[: args.data]
         torch.manual_seed(0)
         dimensions = posteriors.active_dimensions(network.posterior(batch).mean.detach())
         drawn = posteriors.draw(network, x, args.particles)
         rows[run.name.rpartition("-")[2]] = posteriors.views(network, x, drawn, dimensions)
     names = ("z[0]", "z[1]")[: len(dimensions)]
-    picture = figures.posteriors(x, rows, figures.image_shape(batch, declared), names)
+    picture = figures.posteriors(x, rows, figures.image_shape(batch, getattr(data, "image_shape", None)), names)
     args.out.write_bytes(figures.png(figures.render(picture)))
 
 
