@@ -186,7 +186,7 @@ trainer: {{default_root_dir: {directory}, max_steps: 3, log_every_n_steps: 1, en
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:No best.ckpt is kept")
 @pytest.mark.parametrize("name", ["Own", "OwnArrays"])
 def test_a_data_module_of_ones_own_by_class_path(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning_iwae"])

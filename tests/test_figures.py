@@ -322,19 +322,16 @@ class Moody(nn.Module):
         self.generative = nn.Linear(3, 4)
         self.labels, self.shapes, self.modes = [], [], []
 
-    def given(self, *labels):
-        self.labels.append([y.tolist() for y in labels])
-        return self
-
-    def prior(self):
+    def prior(self, y):
         return Independent(Normal(torch.zeros(3), 1.0), 1)
 
-    def posterior(self, x):
+    def posterior(self, x, y):
+        self.labels.append(y.tolist())
         self.modes.append(self.inference.training)
         return Independent(Normal(self.inference(x), 1.0), 1)
 
-    def likelihood(self, z):
-        self.shapes.append(z.shape[1])
+    def likelihood(self, z, y):
+        self.shapes.append((z.shape[1], len(y)))
         return Independent(Bernoulli(logits=self.generative(z), validate_args=False), 1)
 
 
@@ -344,15 +341,15 @@ def test_labels_go_to_the_model_and_modes_and_statistics_are_as_before(tmp_path)
     module.network.inference[2].eval()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     callback = Figures(**CHEAP)
-    callback._keep([torch.rand(10, 4).round(), torch.arange(10)])
+    callback._keep((torch.rand(10, 4).round(), torch.arange(10)))
 
     class Stub:
         global_step, is_global_zero, default_root_dir, loggers, datamodule = 7, True, tmp_path, [], None
 
     callback.on_train_end(Stub(), module)
     assert pictures(tmp_path) == OF_MODEL
-    assert [0, 1, 2, 3] in [labels[0] for labels in network.labels] and network.labels[-1] == [[0, 1]]
-    assert network.shapes[0] == 4  # as many samples as labels
+    assert list(range(10)) in network.labels and network.labels[-1] == [0, 1]
+    assert network.shapes[0] == (4, 4)  # as many samples as labels
     assert not any(network.modes)
     assert network.inference[1].training and not network.inference[2].training and module.training
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())

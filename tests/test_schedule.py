@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal
-from torch.utils.data import DataLoader
 
 from lightning_iwae import iw_loss, routing
 from lightning_iwae.callbacks import Evaluation, GradientSNR
-from lightning_iwae.data import ArrayData, Digits
+from lightning_iwae.data import Digits
 from lightning_iwae.estimators import Side
 from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.models import MLP, given
@@ -213,20 +212,6 @@ class Conditional(nn.Module):
         return Independent(Bernoulli(logits=logits, validate_args=False), 1)
 
 
-class Labelled(Digits):
-    """The digits in batches (x, y)."""
-
-    def train_dataloader(self):
-        batches = [(x, x.sum(1).long() % 10) for x in self._batches(self.train, False)]
-        return DataLoader(batches, batch_size=None)
-
-    val_dataloader = test_dataloader = train_dataloader
-
-    def probe(self, n):
-        x = ArrayData.probe(self, n)
-        return x, x.sum(1).long() % 10
-
-
 def test_a_conditional_models_gradients_are_autograds_at_every_label():
     torch.manual_seed(0)
     network, x = Conditional(pixels=6, labels=3), torch.bernoulli(torch.rand(4, 6))
@@ -247,7 +232,7 @@ def test_a_conditional_model_trains_validates_and_tests_on_labelled_batches():
     torch.manual_seed(0)
     module, log = IWModule(Conditional(), samples=8, theta=Side("iwae", 8), phi=Side("iwae", 2)), Record()
     callbacks = [Evaluation(particles=10, size=30), GradientSNR(every_n_steps=4, draws=5, size=10)]
-    data = Labelled(batch_size=20, limit_train=100)
+    data = Digits(batch_size=20, limit_train=100, labels=True)
     fit(module, data, max_epochs=2, logger=log, callbacks=callbacks, limit_val_batches=2)
     for key in ("train/bound_theta", "val/iwae_64", "val/log_px", "snr/phi"):
         values = [v for _, v in log.with_key(key)]
@@ -258,7 +243,7 @@ def test_a_conditional_model_trains_validates_and_tests_on_labelled_batches():
 
 
 def test_labels_and_networks_that_do_not_fit_are_refused():
-    data = Labelled(batch_size=20, limit_train=100)
+    data = Digits(batch_size=20, limit_train=100, labels=True)
     with pytest.raises(TypeError, match=r"network MLP takes no labels: .*data\.init_args\.labels"):
         fit(iw_module(mlp()), data, max_steps=1)
     with pytest.raises(TypeError, match=r"network Conditional takes labels .*the data have none"):

@@ -22,6 +22,7 @@ from ..callbacks import Checkpoints, Predictions
 from ..evaluation import table
 from ..metrics_csv import MetricsCSV
 from ..mistakes import Mistake
+from ..models import check_labels
 from ..module import IWModule
 from ..predictions import summary
 from ..signals import Interrupted, Signals
@@ -128,7 +129,10 @@ class CLI(CheckedCLI):
         return None if self.afresh else path
 
     def after_instantiate_classes(self) -> None:
-        """Compare the checkpoint's weights with the model's."""
+        """Compare the data's labels, and the checkpoint's weights, with what the model takes."""
+        labels = getattr(self.datamodule, "labels", None)
+        if isinstance(labels, bool):
+            check_labels(self.model.network, labels)
         if self.checkpoint is not None:
             path = Path(self.config[self.subcommand].ckpt_path)
             resume.check_weights(path, self.checkpoint, self.model)

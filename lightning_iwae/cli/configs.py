@@ -94,7 +94,7 @@ def options(words: list[str]) -> Iterator[tuple[str, str]]:
 
 def is_option(word: str) -> bool:
     """Whether a word is an option rather than the value of the one before it."""
-    return len(word) > 1 and word.startswith("-") and not NUMBER.match(word)
+    return len(word) > 1 and word.startswith("-") and not NUMBER.match(word) and not word.startswith("- ")  # a list
 
 
 def from_option(key: str, value: str) -> Source:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import yaml
 from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -168,6 +169,7 @@ def allows_null(hint: Any) -> bool:
 # ---------------------------------------------------------------------------------------------- values
 def check(key: str, value: Any, hint: Any, request: Request) -> Iterator[Fault]:
     """What is wrong with one value of the type `hint`."""
+    value = structured(value, hint)
     fine = allows_null(hint) if value is None else fits(value, hint)
     bases = classes(hint)
     if fine and not (bases and isinstance(value, dict | list) and "None" in str(value)):  # a null may lie deeper
@@ -181,6 +183,16 @@ def check(key: str, value: Any, hint: Any, request: Request) -> Iterator[Fault]:
         yield from check_class(key, value, hint, bases, request)
     elif not fine:
         yield Fault(0, not_of_type(key, value, hint, request))
+
+
+def structured(value: Any, hint: Any) -> Any:
+    """The list or mapping that an option's text means."""
+    if not isinstance(value, str) or str in members(hint) or not value.startswith(("[", "{", "- ")):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def not_of_type(key: str, value: Any, hint: Any, request: Request) -> str:
@@ -242,6 +254,8 @@ def expected(hint: Any) -> str:
         origin = get_origin(part)
         if part in WORDS:
             words.append(WORDS[part])
+        elif dataclasses.is_dataclass(part):
+            words.append(f"a mapping of {', '.join(field.name for field in dataclasses.fields(part))}")
         elif classes(part):
             words.append(f"the class_path of {an(public(classes(part)[0]))}")
         elif item_of(part) is not None:

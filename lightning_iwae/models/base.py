@@ -58,23 +58,24 @@ class Given:
 
 
 def given(network: Any, y: Tensor | None) -> Any:
-    """The model at labels y (B,), or the network itself where there are none.
+    """The model at labels y (B,), or the network itself where there are none. Raises as `check_labels` does."""
+    check_labels(network, y is not None)
+    return network if y is None else Given(network, y)
 
-    Raises:
-        TypeError: for labels that the network takes none of, or none where it needs them.
-    """
+
+def check_labels(network: Any, labels: bool) -> None:
+    """Raise TypeError for labels that the network takes none of, and for none where it needs them."""
     takes = takes_labels(network)
-    if takes and y is None:
+    if takes and not labels:
         raise TypeError(
             f"network {type(network).__name__} takes labels (its posterior has an argument besides x), but the data "
             "have none: set data.init_args.labels to true, or pass y."
         )
-    if y is not None and not takes:
+    if labels and not takes:
         raise TypeError(
             f"network {type(network).__name__} takes no labels: its posterior(x) would have to be posterior(x, y), as "
             "prior(y) and likelihood(z, y). Set data.init_args.labels to false, or leave y out."
         )
-    return network if y is None else Given(network, y)
 
 
 def takes_labels(network: Any) -> bool:
