@@ -20,7 +20,7 @@ from lightning_iwae.cli import main
 from lightning_iwae.report import curves, markdown, pictures, runs
 from lightning_iwae.report.groups import find_reference, group, objective
 from lightning_iwae.report.results import results, warnings
-from lightning_iwae.report.statistics import holm, summarise, welch
+from lightning_iwae.report.statistics import holm, paired, summarise, welch
 
 from .test_cli import ROOT
 
@@ -263,6 +263,12 @@ def test_there_is_no_test_of_one_seed_nor_of_values_that_do_not_vary(a, b):
     assert welch(a, b) is None
 
 
+def test_pairs_are_scipys():
+    a, b = [1.0, 2.5, 3.0, 5.0], [0.9, 2.2, 3.1, 4.0]
+    assert paired(a, b) == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    assert paired([1.0], [2.0]) is None and paired([1.0, 2.0], [0.5, 1.5]) is None
+
+
 def test_summary():
     assert summarise([1.0, 2.0, 6.0]) == (3.0, pytest.approx(stats.tstd([1, 2, 6])), 3, None)
     assert summarise([1.5], [0.2]) == (1.5, None, 1, 0.2) and summarise([]) is None
@@ -295,6 +301,9 @@ def test_results_are_means_over_seeds_tested_against_the_reference(read_study):
     assert len(table.tests) == 10 and {i for i, _ in table.tests} == {0, 1}
     theirs = stats.ttest_ind(LOG_PX["piwae"], LOG_PX["vae"], equal_var=False)
     assert table.tests[1, "log_px"].welch.p == pytest.approx(theirs.pvalue)
+    pairs = table.tests[1, "log_px"]  # piwae has one seed more
+    assert pairs.pairs == 3
+    assert pairs.paired == pytest.approx(stats.ttest_rel(LOG_PX["piwae"][:3], LOG_PX["vae"]).pvalue)
     p = [test.welch.p for test in table.tests.values()]
     assert [t.adjusted for t in table.tests.values()] == pytest.approx(holm(p))
 

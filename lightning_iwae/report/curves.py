@@ -125,7 +125,7 @@ def panel(metric: str, groups: list[Group]) -> Panel | None:
     if not bands:
         return None
     log = metric.startswith(("snr", "dsnr")) and all((b.low > 0).all() for b in bands.values())
-    x = Scale(*spread([b.steps for b in bands.values()], pad=0), LEFT, WIDTH - RIGHT)
+    x = Scale(*spread([np.zeros(1), *(b.steps for b in bands.values())], pad=0), LEFT, WIDTH - RIGHT)
     y = Scale(*y_range(bands, log), HEIGHT - BOTTOM, TOP, log)
     lines = []
     for i, b in bands.items():

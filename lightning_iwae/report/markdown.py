@@ -94,8 +94,9 @@ def explanation(groups: list[Group], reference: Group, results: Results) -> list
         n = len(results.tests)
         out.append(
             f"p: Welch's two-sided t-test of a group's mean against that of {reference.name}, by Holm's method "
-            f"adjusted for all {n} test{'s' * (n > 1)} of this report; * below 0.05. Runs are taken as independent, "
-            "also where groups share seeds."
+            f"adjusted for all {n} test{'s' * (n > 1)} of this report; * below 0.05. Runs are taken as independent. "
+            "Where groups share seeds that is cautious, as a seed also fixes the split and binarisation of this "
+            "package's data sets: tests by pairs of one seed are in the page's list of all tests."
         )
     elif len(groups) > 1:
         out.append(f"No tests against {reference.name}: they need two seeds or more on both sides, which vary.")

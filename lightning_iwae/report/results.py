@@ -9,7 +9,7 @@ import numpy as np
 
 from .groups import Group, canonical, shown
 from .runs import FIGURES, Run
-from .statistics import Summary, Welch, holm, summarise, welch
+from .statistics import Summary, Welch, holm, paired, summarise, welch
 
 
 class Kind(NamedTuple):
@@ -53,6 +53,8 @@ class Test(NamedTuple):
     figure: str
     welch: Welch
     adjusted: float  # Holm's p over all tests of the report
+    pairs: int  # seeds that both groups have
+    paired: float | None  # p by these pairs, not adjusted
 
 
 class Results(NamedTuple):
@@ -91,13 +93,26 @@ def results(groups: list[Group], reference: Group) -> Results:
         if groups[i] is not reference and (w := welch(row[f], base[f])) is not None
     }
     adjusted = holm([w.p for w in tested.values()])
-    tests = {at: Test(*at, w, p) for (at, w), p in zip(tested.items(), adjusted, strict=True)}
+    tests = {
+        (i, f): Test(i, f, w, p, *by_seed(groups[i], reference, f))
+        for ((i, f), w), p in zip(tested.items(), adjusted, strict=True)
+    }
     return Results(figures, cells, tests, best(figures, cells), {f: decimals(f, cells) for f in figures})
 
 
 def values_of(g: Group, figure: str) -> list[float]:
     """One value a seed."""
     return [run.figures[figure].mean for run in g.runs if figure in run.figures]
+
+
+def by_seed(g: Group, reference: Group, figure: str) -> tuple[int, float | None]:
+    """Number of seeds in common, and p of the differences between runs of one seed.
+
+    A seed fixes the data's split and binarisation too, so that its runs are alike, and their difference varies less.
+    """
+    a, b = ({run.seed: run.figures[figure].mean for run in x.runs if figure in run.figures} for x in (g, reference))
+    seeds = [seed for seed in a if seed in b and seed is not None]
+    return len(seeds), paired([a[seed] for seed in seeds], [b[seed] for seed in seeds])
 
 
 def best(figures: list[str], cells: list[dict[str, Summary]]) -> dict[str, int]:

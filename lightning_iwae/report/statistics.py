@@ -1,4 +1,4 @@
-"""Means over seeds, and Welch's test of one group of runs against another. Numbers in, numbers out."""
+"""Means over seeds, and tests of one group of runs against another. Numbers in, numbers out."""
 
 import math
 from collections.abc import Sequence
@@ -54,6 +54,17 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Welch | None:
     df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
     t, half = difference / se, float(stdtrit(df, 0.975)) * se
     return Welch(difference, difference - half, difference + half, t, df, float(2 * stdtr(df, -abs(t))))
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Two-sided p of Student's t-test of the differences a_i - b_i; None of fewer than two, or if they do not vary."""
+    differences = np.subtract(a, b)
+    if len(differences) < 2:
+        return None
+    se = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    if se <= 1e-12 * max(1.0, *map(abs, a), *map(abs, b)):
+        return None
+    return float(2 * stdtr(len(differences) - 1, -abs(np.mean(differences)) / se))
 
 
 def holm(p: Sequence[float]) -> list[float]:
