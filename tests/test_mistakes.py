@@ -196,6 +196,17 @@ VALUES = {
     # estimators
     "estimator": (["--model.phi.estimator", "dregs"], "model.phi", "'dregs'", "Did you mean dreg?"),
     "other side's": (["--model.theta.estimator", "dreg"], "model.theta", "'dreg'", "other side", "elbo, iwae"),
+    "schedule's key": (["--model.schedule", "[{epochs: 3}]"], "model.schedule[0].epochs", "model.schedule[0].epoch?"),
+    "schedule's type": (["--model.schedule", "[{epoch: two}]"], "model.schedule[0].epoch", "whole number", "'two'"),
+    "schedule's shape": (["--model.schedule", "{epoch: 3}"], "model.schedule", "a list of (a mapping of epoch, samples"),
+    "schedule's order": (["--model.schedule", "[{epoch: 0}]"], "model.schedule", "must grow, from 1 on", "Got 0"),
+    "schedule's side": (
+        ["--model.schedule", "[{epoch: 2, phi: {estimator: iwae, particels: 3}}]"],
+        "model.schedule[0].phi.particels",
+        "model.schedule[0].phi.particles?",
+    ),
+    "warm-up of dreg": (["--model.kl_warmup", "2", "--model.phi.estimator", "dreg"], "model.phi", "elbo, iwae or ciwae"),
+    "labels": (["--data.init_args.labels", "true"], "takes no labels", "data.init_args.labels to false"),
     "option it has not": (["--model.phi.beta", "0.1"], "model.phi", "'iwae' has no option 'beta'"),
     "option it needs": (["--model.phi.estimator", "ciwae"], "model.phi", "'ciwae' needs the option 'beta'"),
     # classes
