@@ -18,12 +18,10 @@ from . import __version__, bounds, routing
 from .diagnostics import LEAST_PARTICLES
 from .estimators import Side
 from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment
-from .models import check_model, given
+from .models import Batch, check_model, given, split
 from .randomness import seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
 from .weights import ess
-
-Batch = Tensor | tuple[Tensor, Tensor]  # data, or data and labels
 
 
 class IWModule(LightningModule):
@@ -328,16 +326,6 @@ class IWModule(LightningModule):
 
     def _seed_evaluation(self, stage: str, batch_idx: int) -> None:
         torch.manual_seed(seed_for(self.seed, stage, self.global_rank, batch_idx))
-
-
-def split(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """A batch's data (B, ...) and its labels (B,), if it has any."""
-    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
-
-
-def cut(batch: Batch, size: int) -> Batch:
-    """The first `size` data of a batch, with their labels."""
-    return batch[:size].clone() if isinstance(batch, Tensor) else (batch[0][:size].clone(), batch[1][:size].clone())
 
 
 def check_precision(precision: str) -> None:

@@ -28,7 +28,8 @@ from torch.distributions import Distribution
 
 from . import bounds
 from .estimators import Side
-from .models.base import check_model, given
+from .models.base import check_model
+from .models.labels import given
 from .weighing import Weighing, leaves, weighed
 
 Method = Literal["auto", "separate"]
@@ -51,7 +52,7 @@ def iw_loss(
     Args:
         model: follows `models.base.Model`.
         x: batch (B, ...).
-        y: its labels (B,), for a conditional model (see `models.base.Given`).
+        y: its labels (B,), for a conditional model (see `models.labels.Given`).
         samples: S, drawn per datum and shared by both sides; each views them as (S / K, K, B) with its own K.
         theta, phi: estimator and particles of the generative and of the inference network.
         method, kl_weight: see `draw`.

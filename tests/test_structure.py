@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": set(),
     "bounds": {"weights"},
     "estimators": {"bounds", "weights", "mistakes"},
-    "routing": {"bounds", "estimators", "weighing", "models.base"},
+    "routing": {"bounds", "estimators", "weighing", "models.base", "models.labels"},
     "diagnostics": {"weights"},
     "evaluation": {"diagnostics", "weights"},
     "schedule": {"estimators"},

@@ -6,8 +6,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ..evaluation import Totals, evaluate
-from ..models import given
-from ..module import Batch, IWModule, cut, split
+from ..models import Batch, cut, given, split
+from ..module import IWModule
 from ..randomness import forked, seed_for
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from .. import curves, figures, posteriors
-from ..models import given
-from ..module import Batch, IWModule, cut, split
+from ..models import Batch, cut, given, split
+from ..module import IWModule
 from ..randomness import forked, seed_for
 from ..writing import replacing
 

@@ -7,7 +7,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from ..diagnostics import SNR, signal_to_noise
-from ..module import Batch, IWModule, cut, split
+from ..models import Batch, cut, split
+from ..module import IWModule
 from ..randomness import forked, seed_for
 
 

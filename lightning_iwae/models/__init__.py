@@ -1,7 +1,8 @@
 """Models: modules whose prior(), posterior(x) and likelihood(z) are torch.distributions."""
 
-from .base import Model, check_labels, check_model, given
+from .base import Model, check_model
+from .labels import Batch, check_labels, cut, given, split
 from .linear_gaussian import LinearGaussian
 from .mlp import MLP
 
-__all__ = ["MLP", "LinearGaussian", "Model", "check_labels", "check_model", "given"]
+__all__ = ["MLP", "Batch", "LinearGaussian", "Model", "check_labels", "check_model", "cut", "given", "split"]

@@ -1,7 +1,6 @@
 """What a model is: three distributions, and the two networks whose parameters are theta and phi."""
 
-import inspect
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,57 +30,6 @@ class Model(Protocol):
     def likelihood(self, z: Tensor) -> Distribution:
         """p(x | z), batch shape (S, B)."""
         ...
-
-
-class Given:
-    """The model p(z | y) p(x | z, y), q(z | x, y) of a conditional network at labels y (B,).
-
-    A conditional network is one whose three methods take y as a last argument: prior(y), posterior(x, y) and
-    likelihood(z, y). Made by `given`.
-    """
-
-    def __init__(self, network: Any, y: Tensor) -> None:
-        self.network, self.y = network, y
-        self.inference, self.generative = network.inference, network.generative
-
-    def prior(self) -> Distribution:
-        """p(z | y), batch shape () or (B,)."""
-        return self.network.prior(self.y)
-
-    def posterior(self, x: Tensor) -> Distribution:
-        """q(z | x, y), batch shape (B,)."""
-        return self.network.posterior(x, self.y)
-
-    def likelihood(self, z: Tensor) -> Distribution:
-        """p(x | z, y), batch shape (S, B)."""
-        return self.network.likelihood(z, self.y)
-
-
-def given(network: Any, y: Tensor | None) -> Any:
-    """The model at labels y (B,), or the network itself where there are none. Raises as `check_labels` does."""
-    check_labels(network, y is not None)
-    return network if y is None else Given(network, y)
-
-
-def check_labels(network: Any, labels: bool) -> None:
-    """Raise TypeError for labels that the network takes none of, and for none where it needs them."""
-    takes = takes_labels(network)
-    if takes and not labels:
-        raise TypeError(
-            f"network {type(network).__name__} takes labels (its posterior has an argument besides x), but the data "
-            "have none: set data.init_args.labels to true, or pass y."
-        )
-    if labels and not takes:
-        raise TypeError(
-            f"network {type(network).__name__} takes no labels: its posterior(x) would have to be posterior(x, y), as "
-            "prior(y) and likelihood(z, y). Set data.init_args.labels to false, or leave y out."
-        )
-
-
-def takes_labels(network: Any) -> bool:
-    """Whether a network is conditional: its posterior needs an argument besides x."""
-    parameters = inspect.signature(network.posterior).parameters.values()
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
 
 
 def check_model(model: nn.Module) -> None:
