@@ -127,7 +127,7 @@ def _ratio(axis: "Axes", rows: Sequence[Row], name: str, label: str, colour: str
     steps, values = column(rows, name)
     if not len(steps):
         return
-    axis.plot(steps, values, color=colour, lw=1.8, label=label)
+    axis.plot(steps, values, color=colour, lw=1.8, label=label, marker="o" if len(steps) == 1 else None)
     (below, low), (above, high) = (column(rows, f"{name}_q{p}") for p in (25, 75))
     if len(below) == len(above) == len(steps):
         axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)

@@ -18,7 +18,7 @@ from .class_paths import find_class
 from .diagnostics import LEAST_PARTICLES
 from .evaluation import moment
 from .mistakes import Mistake, shown
-from .models import check_model, given
+from .models import check_model, data_shape, draw_prior, given
 from .randomness import forked, seed_for
 
 Array = Tensor | np.ndarray
@@ -138,7 +138,7 @@ class Run:
     def _check(self, x: Array, y: Array | None) -> None:
         model = self._given(y, 0, 1)
         with forked(0, self.device):
-            shape = tuple(model.likelihood(draw_prior(model, 1)).event_shape)
+            shape = data_shape(model)
         if not x.ndim or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must have shape (N, {', '.join(map(str, shape))}). Got {tuple(x.shape)}.")
         if y is not None and len(y) != len(x):
@@ -165,12 +165,6 @@ class Run:
         if mean is None:
             raise ValueError(f"the {what} of {type(self.network).__name__} has no mean: draw from it, by run.network.")
         return mean
-
-
-def draw_prior(model: Any, n: int) -> Tensor:
-    """z ~ p(z), (1, n, ...); of a prior that depends on labels, one for each."""
-    p = model.prior()
-    return p.sample((1,) if p.batch_shape else (1, n))
 
 
 # --------------------------------------------------------------------------------------------------- from its files

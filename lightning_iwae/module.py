@@ -18,7 +18,7 @@ from . import __version__, bounds, routing
 from .diagnostics import LEAST_PARTICLES
 from .estimators import Side
 from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment
-from .models import Batch, check_model, given, split
+from .models import Batch, check_model, data_shape, given, split
 from .randomness import seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
 from .weights import ess
@@ -316,9 +316,12 @@ class IWModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Mean and scale of q(z | x), where it knows them, and figures: of the same draws as `test`'s, per datum."""
-        self._seed_evaluation("test", batch_idx)
         x, y = split(batch)
         model = given(self.network, y)
+        if batch_idx == 0 and (shape := data_shape(model)) and x.shape[1:] != shape:
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"data must have shape (N, {expected}), as the network has. Got {tuple(x.shape)}.")
+        self._seed_evaluation("test", batch_idx)
         figures = evaluate(model, x, self.test_particles, k_hat=True)
         q = model.posterior(x)
         moments = {"mean": moment(q, "mean"), "scale": moment(q, "stddev")}

@@ -23,7 +23,9 @@ FREE = ("data.init_args.folder", "data.init_args.download")  # where the data ar
 def read(path: Path) -> dict[str, Any]:
     """The checkpoint, of tensors and plain values alone; ValueError naming the file if it is anything else."""
     if not path.is_file():
-        raise ValueError(f"ckpt_path: no file {path}.")
+        last = path.with_name("last.ckpt")
+        other = " The run has a last.ckpt: --ckpt_path last." if path.name == "best.ckpt" and last.is_file() else ""
+        raise ValueError(f"ckpt_path: no file {path}.{other}")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"ckpt_path: {path} is no checkpoint, or has been cut short ({path.stat().st_size} bytes).")
     try:

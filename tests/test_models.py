@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Independent
 
-from lightning_iwae.models import MLP
+from lightning_iwae.models import MLP, LinearGaussian
 from lightning_iwae.models.mlp import BernoulliPixels
 
 
@@ -46,3 +46,13 @@ def test_bernoulli_pixels_are_torchs_bernoulli(scale):
         torch.autograd.grad(ours, (logits, x), seed), torch.autograd.grad(theirs, (logits, x), seed), strict=True
     ):
         torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("model", [MLP(pixels=20, latent=3, hidden=[5]), LinearGaussian(20)], ids=["mlp", "gaussian"])
+def test_log_weights_keep_their_precision_under_autocast(model):
+    x = torch.bernoulli(torch.rand(4, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        q = model.posterior(x)
+        z = q.rsample((2,))
+        log_probs = [q.log_prob(z), model.prior().log_prob(z), model.likelihood(z).log_prob(x)]
+    assert {v.dtype for v in log_probs} == {torch.float32}

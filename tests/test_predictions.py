@@ -21,6 +21,8 @@ from lightning_iwae.models import LinearGaussian
 from lightning_iwae.module import IWModule
 from lightning_iwae.predictions import in_order, save, summary
 
+from .test_cli import ROOT, SMALL
+
 FIGURES = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "k_hat"]
 ABOUT = {"particles", "data", "binarization", "seed", "version", "device", "checkpoint"}
 QUICK = ["--model.test_particles", "30", "--trainer.enable_progress_bar", "false"]
@@ -28,7 +30,9 @@ QUICK = ["--model.test_particles", "30", "--trainer.enable_progress_bar", "false
 
 @pytest.fixture(autouse=True)
 def _as_a_command(monkeypatch):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["lightning_iwae"])
+    monkeypatch.setattr("lightning_iwae.callbacks.Figures._draw", lambda *_: None)
     monkeypatch.setattr("lightning_iwae.cli.keep_freed_memory", lambda: None)
 
 
@@ -207,3 +211,32 @@ def test_mistakes_are_answered_with_one_message(words, message, run, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error
     assert not (run / "predictions.npz").exists()
+
+
+def test_data_of_another_width_are_one_message(tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["fit", "-c", "conf/digits.yaml", *SMALL, "--trainer.default_root_dir", str(run)])
+    np.save(tmp_path / "narrow.npy", np.zeros((30, 63), np.uint8))
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", str(run), str(tmp_path / "narrow.npy"), *QUICK])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: data must have shape (N, 64), as the network has. Got (30, 63)." in said and "Traceback" not in said
+    assert not (run / "predictions.npz").exists()
+
+
+def test_an_evaluation_says_of_which_checkpoint_it_is(tmp_path):
+    run = tmp_path / "run"
+    main(["fit", "-c", "conf/digits.yaml", *SMALL, "--trainer.default_root_dir", str(run)])
+    main(["test", str(run), *QUICK, "--ckpt_path", "last"])
+    result = json.loads((run / "evaluation.json").read_text())
+    assert (result["checkpoint"], result["step"]) == ("last.ckpt", 3)
+
+
+def test_a_run_without_a_best_checkpoint_points_to_its_last(tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["fit", "-c", "conf/digits.yaml", *SMALL, "--trainer.default_root_dir", str(run)])
+    (run / "checkpoints/best.ckpt").unlink()
+    with pytest.raises(SystemExit):
+        main(["test", str(run), *QUICK])
+    assert "The run has a last.ckpt: --ckpt_path last." in capsys.readouterr().err

@@ -80,6 +80,7 @@ class CLI(CheckedCLI):
     def __init__(self, *args: Any, signals: Signals, **kwargs: Any) -> None:
         self.signals = signals
         self.checkpoint: dict[str, Any] | None = None
+        self.evaluated: dict[str, Any] = {"checkpoint": None, "step": None}
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -136,6 +137,7 @@ class CLI(CheckedCLI):
         if self.checkpoint is not None:
             path = Path(self.config[self.subcommand].ckpt_path)
             resume.check_weights(path, self.checkpoint, self.model)
+            self.evaluated = {"checkpoint": path.name, "step": self.checkpoint.get("global_step")}
             self.checkpoint = None
 
     def instantiate_classes(self) -> None:
@@ -193,7 +195,7 @@ class CLI(CheckedCLI):
         if self.trainer.is_global_zero:
             path = Path(self.run_directory) / "evaluation.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.model.result, indent=2) + "\n")
+            path.write_text(json.dumps(self.model.result | self.evaluated, indent=2) + "\n")
             print(f"\nTest set\n{table(self.model.result)}\n\nSaved as {path}", flush=True)
 
     def after_predict(self) -> None:

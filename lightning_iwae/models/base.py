@@ -1,6 +1,6 @@
 """What a model is: three distributions, and the two networks whose parameters are theta and phi."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -54,3 +54,14 @@ def check_model(model: nn.Module) -> None:
 def full_precision(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it is: what a network gives to a distribution, under autocast too."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def draw_prior(model: Any, n: int) -> Tensor:
+    """z ~ p(z), (1, n, ...); of a prior that depends on labels, one for each."""
+    p = model.prior()
+    return p.sample((1,) if p.batch_shape else (1, n))
+
+
+def data_shape(model: Any) -> tuple[int, ...]:
+    """The shape of a datum, as the likelihood has it; draws from the prior to find out."""
+    return tuple(model.likelihood(draw_prior(model, 1)).event_shape)

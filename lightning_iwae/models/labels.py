@@ -55,7 +55,7 @@ def check_labels(network: Any, labels: bool) -> None:
     if takes and not labels:
         raise TypeError(
             f"network {type(network).__name__} takes labels (its posterior has an argument besides x), but the data "
-            "have none: set data.init_args.labels to true, or pass y."
+            "have none: set data.init_args.labels to true (for Arrays, give the files of labels), or pass y."
         )
     if labels and not takes:
         raise TypeError(

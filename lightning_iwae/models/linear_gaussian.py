@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
+from .base import full_precision
+
 
 class LinearGaussian(nn.Module):
     """z ~ N(mu, I), x | z ~ N(z, I), and q(z | x) = N(A x + b, variance I). theta = mu, phi = (A, b).
@@ -39,7 +41,7 @@ class LinearGaussian(nn.Module):
 
     def posterior(self, x: Tensor) -> Distribution:
         """N(A x + b, variance I)."""
-        mean = self.inference(x)
+        mean = full_precision(self.inference(x))
         return Independent(Normal(mean, torch.full_like(mean, math.sqrt(self.variance)), validate_args=False), 1)
 
     def likelihood(self, z: Tensor) -> Distribution:
