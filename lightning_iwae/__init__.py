@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .estimators import Side
     from .loading import load
     from .routing import iw_loss
+    from .sides import Side
 
 __all__ = ["Side", "__version__", "iw_loss", "load"]
 # imported when first used: torch takes seconds
-HOME = {"Side": ".estimators", "iw_loss": ".routing", "load": ".loading"}
+HOME = {"Side": ".sides", "iw_loss": ".routing", "load": ".loading"}
 
 
 def __getattr__(name: str) -> Any:

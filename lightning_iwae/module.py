@@ -16,11 +16,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from . import __version__, bounds, routing
 from .diagnostics import LEAST_PARTICLES
-from .estimators import Side
 from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment
 from .models import Batch, check_model, data_shape, given, split
 from .randomness import seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
+from .sides import Side
 from .weights import ess
 
 
@@ -78,6 +78,7 @@ class IWModule(LightningModule):
         if not kl_warmup >= 0:
             raise ValueError(f"model.kl_warmup must be at least 0. Got {kl_warmup}.")
         for _, objective in self.schedule.stages if kl_warmup else ():
+            objective.theta.check_kl_weight("model.theta")
             objective.phi.check_kl_weight("model.phi")
         for name, count in (("accumulate", accumulate), ("test_particles", test_particles)):
             if count < 1:
@@ -351,7 +352,13 @@ class Rows(Distribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """z (S, size, ...) out of z (S, B, ...)."""
-        z = self.q.rsample(sample_shape)
+        return self._part(self.q.rsample(sample_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """The same of a q that is not reparameterised."""
+        return self._part(self.q.sample(sample_shape))
+
+    def _part(self, z: Tensor) -> Tensor:
         self.others = z.detach()
         return z[:, self.first : self.last]
 

@@ -16,7 +16,9 @@ without it where it is not.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -24,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.autograd.function import once_differentiable
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from . import bounds
-from .estimators import Side
-from .models.base import check_model
+from .models.base import check_model, draw_posterior
 from .models.labels import given
+from .sides import Side, without_path
 from .weighing import Weighing, leaves, weighed
 
 Method = Literal["auto", "separate"]
@@ -63,6 +65,7 @@ def iw_loss(
     theta.check("theta", samples)
     phi.check("phi", samples)
     if kl_weight != 1.0:
+        theta.check_kl_weight("theta")
         phi.check_kl_weight("phi")
     return loss(draw(model, x, samples, method, y=y, kl_weight=kl_weight), theta, phi)
 
@@ -71,10 +74,14 @@ def iw_loss(
 class Draw:
     """Samples of one batch and their log-weights, with the graphs that the channels need. Made by `draw`."""
 
-    z: Tensor  # (S, B, ...), reparameterised: a function of phi
-    z_held: Tensor  # the same values as a leaf, on which the next two were evaluated
+    model: Any
+    q: Distribution
+    prior: Distribution
+    z: Tensor  # (S, B, ...), a function of phi where q is reparameterised
+    z_held: Tensor  # the same values, on which the next three were evaluated: a leaf, with a gradient if z has a path
     log_q: Tensor  # (S, B), a function of phi and z_held
     log_p: Tensor  # (S, B), log p(z) + log p(x | z), a function of theta and z_held; both with the KL weight in them
+    log_likelihood: Tensor  # (S, B), log p(x | z) alone
     theta: list[nn.Parameter]
     inside: set[nn.Parameter]  # those of theta that `together` weighs inside their layers
     weighing: Weighing
@@ -84,18 +91,79 @@ class Draw:
         """Log-weights log p(x, z) - log q(z | x), shape (S, B), detached. Nats."""
         return (self.log_p - self.log_q).detach()
 
+    @cached_property
+    def path(self) -> Tensor:
+        """d log w / dz of each sample, (S, B, ...), by passes of its own: what several estimators share."""
+        return grad((self.log_p - self.log_q).sum(), self.z_held, retain_graph=True)[0]
+
 
 def loss(drawn: Draw, theta: Side, phi: Side) -> Tensor:
     """`iw_loss` from samples already drawn; callable again, with other estimators, on the same draw."""
     log_w = drawn.log_w
-    a = theta.theta(log_w)
+    check_path(drawn, phi)
     c, s = phi.phi(log_w)
-    way = together if drawn.inside else separate
-    theta_grads, path = way(drawn, a, c)
-    (log_q_path,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True, materialize_grads=True)
-    ascent = [path - _over(c, log_q_path), s, *theta_grads]
+    ascent = [(drawn.log_q, s)]
+    if theta.of_prior:
+        theta_grads, path = through_prior(drawn, theta), _over(c, drawn.path) if phi.needs_path else None
+    else:
+        way = together if drawn.inside else separate
+        theta_grads, path = way(drawn, theta.theta(log_w), c if phi.needs_path else None)
+        if path is not None:
+            (of_log_q,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True, materialize_grads=True)
+            path = path - _over(c, of_log_q)
+    if path is not None:
+        ascent.append((drawn.z, path))
+    tensors, gradients = zip(*ascent, *zip(drawn.theta, theta_grads, strict=True), strict=True)
     value = bounds.miwae(theta.view(log_w)).mean()
-    return _Loss.apply(-value, [-g / log_w.shape[1] for g in ascent], drawn.z, drawn.log_q, *drawn.theta)
+    result = _Loss.apply(-value, [-g / log_w.shape[1] for g in gradients], *tensors)
+    if phi.dreams:
+        dreamt = dreams(drawn, len(phi.view(log_w)))
+        result = result - (dreamt - dreamt.detach())
+    return result
+
+
+def phi_gradients(drawn: Draw, sides: Sequence[Side], parameters: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Ascent directions of `parameters`, inference ones, by the estimator of each side on one draw; mean over data."""
+    log_w, found = drawn.log_w, []
+    for side in sides:
+        check_path(drawn, side)
+        c, s = side.phi(log_w)
+        outputs, seeds = [drawn.log_q], [s]
+        if side.needs_path:
+            outputs, seeds = [*outputs, drawn.z], [*seeds, _over(c, drawn.path)]
+        if side.dreams:
+            outputs, seeds = [dreams(drawn, len(side.view(log_w)))], [torch.tensor(log_w.shape[1]).to(log_w)]
+        of_sum = grad(outputs, parameters, seeds, retain_graph=True, materialize_grads=True)
+        found.append(tuple(g / log_w.shape[1] for g in of_sum))
+    return found
+
+
+def theta_gradients(drawn: Draw, sides: Sequence[Side]) -> list[tuple[Tensor, ...]]:
+    """Ascent directions of `drawn.theta` by the estimator of each side on one draw; mean over data."""
+    found = []
+    for side in sides:
+        of_sum = through_prior(drawn, side) if side.of_prior else separate(drawn, side.theta(drawn.log_w), None)[0]
+        found.append(tuple(g / drawn.log_w.shape[1] for g in of_sum))
+    return found
+
+
+def check_path(drawn: Draw, phi: Side) -> None:
+    """Raise ValueError if phi's estimator needs a path through z that the posterior does not have."""
+    if phi.needs_path and not drawn.z_held.requires_grad:
+        raise ValueError(
+            f"phi: estimator {phi.estimator!r} needs a reparameterised posterior(x), with rsample, for its path "
+            f"gradient. Got {_named(drawn.q)}, which has none: use {', '.join(without_path())}."
+        )
+
+
+def dreams(drawn: Draw, M: int) -> Tensor:
+    """Mean of log q(z | x) over M draws of the model p(x, z) for each datum of the batch: sleep's objective. Nats."""
+    model, B = drawn.model, drawn.log_q.shape[1]
+    with torch.no_grad(), torch.autocast(drawn.log_q.device.type, enabled=False):
+        z = drawn.prior.sample(torch.Size((M,) if drawn.prior.batch_shape else (M, B)))
+    with torch.no_grad():
+        x = model.likelihood(z).sample()
+    return torch.stack([model.posterior(x_m).log_prob(z_m) for x_m, z_m in zip(x, z, strict=True)]).mean()
 
 
 class _Loss(torch.autograd.Function):
@@ -112,15 +180,18 @@ class _Loss(torch.autograd.Function):
         return None, None, *(seed * g for g in ctx.gradients)
 
 
-def separate(drawn: Draw, a: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor]:
-    """sum a * d log p / d theta for each parameter, and c * d log p / dz (S, B, ...): the reference."""
+def separate(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """sum a * d log p / d theta for each parameter, and c * d log p / dz (S, B, ...): the reference.
+
+    Without c, none of the latter.
+    """
     with drawn.weighing.backward(drawn.theta, None):
         theta = grad(drawn.log_p, drawn.theta, a, retain_graph=True) if drawn.theta else ()
-    (z,) = grad(drawn.log_p, drawn.z_held, c, retain_graph=True)
+    z = None if c is None else grad(drawn.log_p, drawn.z_held, c, retain_graph=True)[0]
     return list(theta), z
 
 
-def together(drawn: Draw, a: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor]:
+def together(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """The same as `separate`, in one pass for z and for all parameters that are weighed inside their layers.
 
     The others (an observation scale, a learnt prior, layers of other kinds) take a pass of their own, which goes no
@@ -132,10 +203,54 @@ def together(drawn: Draw, a: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor]:
     if outside:
         with drawn.weighing.backward(outside, None):
             grads.update(zip(outside, grad(drawn.log_p, outside, a, retain_graph=True), strict=True))
+    wanted = inside if c is None else [*inside, drawn.z_held]
     with drawn.weighing.backward(inside, a):
-        z, *weighed_grads = grad(drawn.log_p, [drawn.z_held, *inside], torch.ones_like(a), retain_graph=True)
-    grads.update(zip(inside, weighed_grads, strict=True))
-    return [grads[p] for p in drawn.theta], _over(c, z)
+        found = grad(drawn.log_p, wanted, torch.ones_like(a), retain_graph=True) if wanted else ()
+    grads.update(zip(inside, found, strict=False))
+    return [grads[p] for p in drawn.theta], None if c is None else _over(c, found[-1])
+
+
+def through_prior(drawn: Draw, theta: Side) -> list[Tensor]:
+    """Ascent of theta by an estimator with channels of its own for the parameters of p(z): see `estimators.gdreg`."""
+    log_w, log_likelihood = drawn.log_w, drawn.log_likelihood
+    b, c = theta.prior(log_w)
+    with drawn.weighing.backward(drawn.theta, None):
+        a = theta.theta(log_w)
+        plain = grad(log_likelihood, drawn.theta, a, retain_graph=True, allow_unused=True, materialize_grads=True)
+    z = reparameterised(drawn.prior, drawn.z_held.detach())
+    (of_likelihood,) = grad(log_likelihood.sum(), drawn.z_held, retain_graph=True)
+    path = _over(b, of_likelihood) + _over(c, drawn.path)
+    with drawn.weighing.backward(drawn.theta, None):
+        by_prior = grad(z, drawn.theta, path, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return [g + h for g, h in zip(plain, by_prior, strict=True)]
+
+
+def reparameterised(p: Distribution, z: Tensor) -> Tensor:
+    """z = T(e; theta) as a function of the parameters of p, with e = T^-1(z; theta) held; in value z itself.
+
+    Of normal distributions, and of those that have a method `reparameterise(z)`.
+
+    Raises:
+        ValueError: for other distributions, and for parameters that are not learnt.
+    """
+    if hasattr(p, "reparameterise"):
+        moved = p.reparameterise(z)
+    else:
+        inner = p.base_dist if isinstance(p, Independent) else p
+        if isinstance(inner, Normal):
+            moved = inner.loc + inner.scale * ((z - inner.loc) / inner.scale).detach()
+        elif isinstance(inner, MultivariateNormal):
+            L = inner.scale_tril
+            e = torch.linalg.solve_triangular(L, (z - inner.loc).unsqueeze(-1), upper=False).detach()
+            moved = inner.loc + (L @ e).squeeze(-1)
+        else:
+            raise ValueError(
+                "theta: estimator 'gdreg' needs a prior() that is normal, or has a method reparameterise(z). "
+                f"Got {_named(p)}."
+            )
+    if not moved.requires_grad:
+        raise ValueError(f"theta: estimator 'gdreg' needs a learnt prior. prior() is {_named(p)}, without parameters.")
+    return moved
 
 
 def _over(weights: Tensor, gradient: Tensor) -> Tensor:
@@ -157,7 +272,8 @@ def draw(
 
     Args:
         method: "auto" weighs theta inside the layers where that is proven equal; "separate" never does.
-        q: the posterior, if it is not to be network.posterior(x).
+        q: the posterior, if it is not to be network.posterior(x). Without rsample (discrete z) there is no path, and
+            phi's estimator must do without.
         y: labels (B,) of a conditional network.
         kl_weight: beta in log w = log p(x|z) + beta (log p(z) - log q(z|x)), for a warm-up from 0 to 1 (Sonderby et
             al., arXiv 1602.02282). Below 1 phi's estimator must be a total derivative, see `Side.check_kl_weight`.
@@ -180,21 +296,23 @@ def draw(
 
     q = model.posterior(x) if q is None else q
     with torch.autocast(device, enabled=False):
-        z = _rsample(q, samples)
-        z_held = z.detach().requires_grad_()
+        z, has_path = draw_posterior(q, samples)
+        z_held = z.detach().requires_grad_(has_path)
         log_q = _log_prob(q, z_held, "posterior(x).log_prob(z)", shape)
     with weighing:
         p_x = model.likelihood(z_held)
         with torch.autocast(device, enabled=False):
-            log_p = _log_prob(p_x, x, "likelihood(z).log_prob(x)", shape)
-            log_p_z = _log_prob(model.prior(), z_held, "prior().log_prob(z)", shape)
+            log_likelihood = _log_prob(p_x, x, "likelihood(z).log_prob(x)", shape)
+            prior = model.prior()
+            log_p_z = _log_prob(prior, z_held, "prior().log_prob(z)", shape)
             if kl_weight != 1.0:
                 log_p_z, log_q = kl_weight * log_p_z, kl_weight * log_q
-            log_p = log_p + log_p_z
+            log_p = log_likelihood + log_p_z
 
     if proof.due:
         _check_apart(model, posterior=leaves(z, log_q), joint=leaves(log_p))
-    drawn = Draw(z, z_held, log_q, log_p, theta, weighed(log_p, model.generative), weighing)
+    inside = weighed(log_p, model.generative)
+    drawn = Draw(model, q, prior, z, z_held, log_q, log_p, log_likelihood, theta, inside, weighing)
     if proof.due:
         _prove(drawn, model.generative, proof)
     drawn.inside &= proof.proven
@@ -241,9 +359,9 @@ def _prove(drawn: Draw, generative: nn.Module, proof: _Proof) -> None:
     exponents = torch.randint(-3, 1, (2, *drawn.log_p.shape), generator=source)
     signs = 2 * torch.randint(2, exponents.shape, generator=source) - 1
     a, c = (signs * 2.0**exponents).to(drawn.log_p)
-    theta, z = separate(drawn, a, c)
-    theta_together, z_together = together(drawn, a, c)
-    if _differ(z, z_together):
+    theta, z = separate(drawn, a, c if drawn.z_held.requires_grad else None)
+    theta_together, z_together = together(drawn, a, None if z is None else c)
+    if z is not None and z_together is not None and _differ(z, z_together):
         raise ValueError(
             "log p(x, z) of one sample depends on other samples (as under a normalisation over the batch): then "
             "particles are not independent and L_K is no bound."
@@ -295,15 +413,6 @@ def _check_independence(generative: nn.Module) -> None:
                 f"BatchNorm in training mode in the generative network ({name}): it makes particles depend on each "
                 "other, so that L_K is no bound. Use eval mode, or LayerNorm."
             )
-
-
-def _rsample(q: Distribution, samples: int) -> Tensor:
-    try:
-        return q.rsample(torch.Size([samples]))
-    except NotImplementedError as error:
-        raise ValueError(
-            f"posterior(x) must be reparameterised, with rsample, for phi's path gradient. Got {_named(q)}."
-        ) from error
 
 
 def _log_prob(p: Distribution, value: Tensor, what: str, shape: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .estimators import Side
+from .sides import Side
 
 
 @dataclass(frozen=True)

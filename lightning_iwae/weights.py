@@ -30,3 +30,24 @@ def ess(log_w: Tensor, dim: int = 1) -> Tensor:
     Biased upwards at finite K (at K = 1 it is always 1): compare at equal K only.
     """
     return 1.0 / normalised(log_w, dim).square().sum(dim)
+
+
+def log_sum_others(log_w: Tensor, dim: int = 1) -> Tensor:
+    """log sum_{l != k} w_l for each k along `dim`; same shape as `log_w`. Exact where one weight outweighs the rest.
+
+    From sums before and after k, in time linear in K: never by taking w_k off the whole sum.
+
+    Raises:
+        ValueError: for a single particle, which has no others.
+    """
+    check_others(log_w, dim)
+    none = torch.full_like(log_w.narrow(dim, 0, 1), -math.inf)
+    before = torch.cat([none, log_w.logcumsumexp(dim).narrow(dim, 0, log_w.shape[dim] - 1)], dim)
+    after = torch.cat([none, log_w.flip(dim).logcumsumexp(dim).narrow(dim, 0, log_w.shape[dim] - 1)], dim).flip(dim)
+    return torch.logaddexp(before, after)
+
+
+def check_others(log_w: Tensor, dim: int = 1) -> None:
+    """Raise ValueError unless there are at least 2 particles along `dim`."""
+    if log_w.shape[dim] < 2:
+        raise ValueError(f"needs at least 2 particles, as it compares each with the others. Got {log_w.shape[dim]}.")

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from lightning_iwae import callbacks
 from lightning_iwae.callbacks import Evaluation, GradientSNR
 from lightning_iwae.data import Batches, Digits, Gaussian
-from lightning_iwae.estimators import Side
 from lightning_iwae.models import MLP, LinearGaussian
 from lightning_iwae.module import IWModule
+from lightning_iwae.sides import Side
 
 
 @pytest.fixture(autouse=True)

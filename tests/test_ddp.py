@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 
 from lightning_iwae.callbacks import Predictions
 from lightning_iwae.data import Digits, Gaussian
-from lightning_iwae.estimators import Side
 from lightning_iwae.models import MLP, LinearGaussian
 from lightning_iwae.module import IWModule
+from lightning_iwae.sides import Side
 
 RANKS = 2
 PATIENCE = 60  # seconds that a rank waits for another before it gives up: reached only by a bug

@@ -20,10 +20,10 @@ from torch.distributions import Bernoulli, Independent, Normal
 from lightning_iwae import curves, figures, posteriors
 from lightning_iwae.callbacks import Figures
 from lightning_iwae.cli import loggers, main
-from lightning_iwae.estimators import Side
 from lightning_iwae.models import LinearGaussian
 from lightning_iwae.module import IWModule
 from lightning_iwae.posteriors import Particles, View
+from lightning_iwae.sides import Side
 
 from .test_callbacks import fit, iw_module
 from .test_callbacks import toy as toy_data

@@ -205,7 +205,7 @@ VALUES = {
         "model.schedule[0].phi.particels",
         "model.schedule[0].phi.particles?",
     ),
-    "warm-up of dreg": (["--model.kl_warmup", "2", "--model.phi.estimator", "dreg"], "model.phi", "elbo, iwae or"),
+    "warm-up of dreg": (["--model.kl_warmup", "2", "--model.phi.estimator", "dreg"], "model.phi", "elbo, iwae, ciwae"),
     "labels": (["--data.init_args.labels", "true"], "takes no labels", "data.init_args.labels to false"),
     "option it has not": (["--model.phi.beta", "0.1"], "model.phi", "'iwae' has no option 'beta'"),
     "option it needs": (["--model.phi.estimator", "ciwae"], "model.phi", "'ciwae' needs the option 'beta'"),
@@ -510,7 +510,7 @@ def test_nearest():
 
 
 def test_only_what_this_package_raises_itself_counts_as_its_check():
-    from lightning_iwae.estimators import Side
+    from lightning_iwae.sides import Side
 
     def error_of(call):
         with pytest.raises((ValueError, TypeError)) as caught:

@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 import lightning_iwae
 from lightning_iwae.data import Digits
 from lightning_iwae.diagnostics import pareto_k
-from lightning_iwae.estimators import Side
 from lightning_iwae.models import MLP
 from lightning_iwae.module import IWModule, Rows
 from lightning_iwae.randomness import seed_for
 from lightning_iwae.schedule import Objective, Schedule
+from lightning_iwae.sides import Side
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 BATCHES = 5  # of an epoch of `digits`

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from lightning_iwae.callbacks import Predictions
 from lightning_iwae.cli import main
 from lightning_iwae.data import Batches, Gaussian
-from lightning_iwae.estimators import Side
 from lightning_iwae.loading import load
 from lightning_iwae.models import LinearGaussian
 from lightning_iwae.module import IWModule
 from lightning_iwae.predictions import in_order, save, summary
+from lightning_iwae.sides import Side
 
 from .test_cli import ROOT, SMALL
 

@@ -11,11 +11,11 @@ from torch.distributions import Bernoulli, Independent, Normal
 from lightning_iwae import iw_loss, routing
 from lightning_iwae.callbacks import Evaluation, GradientSNR
 from lightning_iwae.data import Digits
-from lightning_iwae.estimators import Side
 from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.models import MLP, given
 from lightning_iwae.module import IWModule
 from lightning_iwae.schedule import Change, Objective, Schedule, kl_weight
+from lightning_iwae.sides import Side
 
 from .test_module import Record, SaveAt, fit, iw_module, mlp, quiet_trainer, same
 
@@ -142,9 +142,9 @@ def test_gradients_of_the_weighted_bound_are_autograds(side, beta, method):
                 torch.testing.assert_close(-p.grad, g, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dreg", "stl"])
+@pytest.mark.parametrize("name", ["dreg", "stl", "vimco", "wake"])
 def test_estimators_that_are_no_total_derivative_are_refused_below_weight_1(name):
-    message = rf"phi: estimator '{name}' can't be used with a KL weight below 1.*elbo, iwae or ciwae"
+    message = rf"phi: estimator '{name}' can't be used with a KL weight below 1.*elbo, iwae, ciwae, vr-iwae or jvi"
     with pytest.raises(ValueError, match=message):
         iw_module(phi=Side(name, 4), kl_warmup=2.0)
     with pytest.raises(ValueError, match=message):
@@ -274,7 +274,7 @@ class Narrow(MLP):
 
 @pytest.mark.parametrize(("network", "message"), [
     (IdleEncoder(), r"does not depend on the inference parameter\(s\) spare\.weight, spare\.bias"),
-    (Discrete(64, 2, [4]), r"must be reparameterised.*Got Independent\(Bernoulli\)"),
+    (Discrete(64, 2, [4]), r"needs a reparameterised posterior.*Got Independent\(Bernoulli\)"),
     (Narrow(64, 2, [4]), r"\(8, 20\).*event shape \(50,\).*shape \(20, 64\)"),
 ])  # fmt: skip
 def test_a_wrong_network_is_refused_with_its_shapes(network, message):

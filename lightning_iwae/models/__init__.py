@@ -1,6 +1,6 @@
 """Models: modules whose prior(), posterior(x) and likelihood(z) are torch.distributions."""
 
-from .base import Model, check_model, data_shape, draw_prior
+from .base import Model, check_model, data_shape, draw_posterior, draw_prior
 from .labels import Batch, check_labels, cut, given, split
 from .linear_gaussian import LinearGaussian
 from .mlp import MLP
@@ -14,6 +14,7 @@ __all__ = [
     "check_model",
     "cut",
     "data_shape",
+    "draw_posterior",
     "draw_prior",
     "given",
     "split",

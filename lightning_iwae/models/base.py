@@ -24,7 +24,7 @@ class Model(Protocol):
         ...
 
     def posterior(self, x: Tensor) -> Distribution:
-        """q(z | x), batch shape (B,); its rsample((S,)) gives z (S, B, ...)."""
+        """q(z | x), batch shape (B,); its rsample((S,)), or sample where z is discrete, gives z (S, B, ...)."""
         ...
 
     def likelihood(self, z: Tensor) -> Distribution:
@@ -54,6 +54,15 @@ def check_model(model: nn.Module) -> None:
 def full_precision(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it is: what a network gives to a distribution, under autocast too."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def draw_posterior(q: Distribution, samples: int) -> tuple[Tensor, bool]:
+    """z (S, B, ...) ~ q, and whether it is reparameterised, a function of q's parameters."""
+    shape = torch.Size([samples])
+    try:
+        return q.rsample(shape), True
+    except NotImplementedError:
+        return q.sample(shape), False
 
 
 def draw_prior(model: Any, n: int) -> Tensor:
