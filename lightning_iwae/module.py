@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from . import __version__, bounds, routing
 from .diagnostics import LEAST_PARTICLES
 from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment
-from .models import Batch, check_model, data_shape, given, split
+from .models import Batch, check_model, data_shape, given, split, takes_labels
 from .randomness import seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
 from .sides import Side
@@ -77,6 +77,13 @@ class IWModule(LightningModule):
         self.schedule = Schedule(Objective(samples, theta, phi), schedule or ())
         if not kl_warmup >= 0:
             raise ValueError(f"model.kl_warmup must be at least 0. Got {kl_warmup}.")
+        if whole_batch_noise and any(objective.phi.dreams for _, objective in self.schedule.stages):
+            raise ValueError(
+                "model.whole_batch_noise must be false with the estimator sleep, whose dreams are each rank's."
+            )
+        if any(objective.theta.of_prior for _, objective in self.schedule.stages) and not takes_labels(network):
+            p = cast(Any, network).prior()
+            routing.reparameterised(p, torch.zeros(p.event_shape))
         for _, objective in self.schedule.stages if kl_warmup else ():
             objective.theta.check_kl_weight("model.theta")
             objective.phi.check_kl_weight("model.phi")
@@ -243,7 +250,8 @@ class IWModule(LightningModule):
             values["train/samples"] = float(objective.samples)
             for name, side in (("theta", objective.theta), ("phi", objective.phi)):
                 values[f"train/{name}_particles"] = float(side.particles)
-                values |= {f"train/{name}_{option}": value for option, value in side.options.items()}
+                numbers = {o: float(v) for o, v in side.options.items() if not isinstance(v, tuple)}
+                values |= {f"train/{name}_{option}": value for option, value in numbers.items()}
         return values
 
     @torch.no_grad()

@@ -74,7 +74,9 @@ def test_every_objective_is_an_overlay(overlay, tmp_path):
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]
     asked = yaml.safe_load(overlay.read_text())["model"]
     for side in ("theta", "phi"):
-        assert saved[side] == asked[side]
+        assert {key: value for key, value in saved[side].items() if key in asked[side] or value is not None} == asked[
+            side
+        ]
     assert saved["samples"] == 64
     assert all(map(math.isfinite, column(rows, "train/bound_phi")))
 
@@ -91,7 +93,10 @@ def test_overlays_name_the_estimators_of_the_papers():
     assert sides("piwae_1") == (("iwae", 64), ("iwae", 1))
     assert sides("ciwae") == (("ciwae", 64), ("ciwae", 64))
     assert sides("stl") == (("iwae", 64), ("stl", 64))
-    assert sides("dreg") == (("iwae", 64), ("dreg", 64))
+    for name, phi in (("dreg", "dreg"), ("vimco", "vimco"), ("rws", "wake"), ("ovis", "ovis")):
+        assert sides(name) == (("iwae", 64), (phi, 64))
+    assert sides("tvo") == (("tvo", 64), ("tvo", 64))
+    assert sides("vr_iwae") == (("vr-iwae", 64), ("vr-iwae", 64))
 
 
 def test_short_keys_win_over_overlays_and_the_seed_reaches_model_and_data(tmp_path):
@@ -102,7 +107,10 @@ def test_short_keys_win_over_overlays_and_the_seed_reaches_model_and_data(tmp_pa
     other = fit(tmp_path / "c", *args, "--seed_everything", "4")
     saved = yaml.safe_load((tmp_path / "a/config.yaml").read_text())
     assert saved["seed_everything"] == 3
-    assert saved["model"]["phi"] == {"estimator": "dreg", "particles": 4, "beta": None}
+    assert saved["model"]["phi"] == dict.fromkeys(("beta", "alpha", "gamma", "partition")) | {
+        "estimator": "dreg",
+        "particles": 4,
+    }
     assert saved["model"]["samples"] == 32
     assert column(first, "train/bound_theta") == column(again, "train/bound_theta")
     assert column(first, "train/bound_theta")[0] != column(other, "train/bound_theta")[0]

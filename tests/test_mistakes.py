@@ -209,6 +209,28 @@ VALUES = {
     "labels": (["--data.init_args.labels", "true"], "takes no labels", "data.init_args.labels to false"),
     "option it has not": (["--model.phi.beta", "0.1"], "model.phi", "'iwae' has no option 'beta'"),
     "option it needs": (["--model.phi.estimator", "ciwae"], "model.phi", "'ciwae' needs the option 'beta'"),
+    "order": (["--model.phi.estimator", "vr-iwae", "--model.phi.alpha", "1"], "model.phi.alpha", "[0, 1)", "Got 1.0"),
+    "no particle to compare": (
+        ["--model.phi.estimator", "vimco", "--model.phi.particles", "1"],
+        "model.phi.particles",
+        "'vimco' needs at least 2 particles",
+    ),
+    "partition": (
+        ["--model.phi.estimator", "tvo", "--model.phi.partition", "[0.1, 1]"],
+        "model.phi.partition",
+        "points that grow from 0 to 1",
+        "Got (0.1, 1.0)",
+    ),
+    "fixed prior": (
+        ["--model.theta.estimator", "gdreg", "--trainer.max_steps", "1"],
+        "theta: estimator 'gdreg'",
+        "needs a learnt prior",
+    ),
+    "dreams of the whole batch": (
+        ["--model.phi.estimator", "sleep", "--model.whole_batch_noise", "true"],
+        "model.whole_batch_noise",
+        "sleep",
+    ),
     # classes
     "class": (["--model.network", "lightning_iwae.models.MPL"], "model.network", "'MPL'", "lightning_iwae.models.MLP?"),
     "class in a file": ("model: {network: {class_path: lightning_iwae.models.MPL}}", "(bad.yaml, line 1)", ".MLP?"),

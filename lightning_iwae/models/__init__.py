@@ -1,7 +1,7 @@
 """Models: modules whose prior(), posterior(x) and likelihood(z) are torch.distributions."""
 
 from .base import Model, check_model, data_shape, draw_posterior, draw_prior
-from .labels import Batch, check_labels, cut, given, split
+from .labels import Batch, check_labels, cut, given, split, takes_labels
 from .linear_gaussian import LinearGaussian
 from .mlp import MLP
 
@@ -18,4 +18,5 @@ __all__ = [
     "draw_prior",
     "given",
     "split",
+    "takes_labels",
 ]

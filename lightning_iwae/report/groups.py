@@ -118,6 +118,17 @@ def names_of_settings(groups: list[Group]) -> list[str]:
     return [", ".join(label) for label in labels]
 
 
+# phi's estimator beside theta's iwae, on the same particles
+OF_IWAE = {
+    "stl": "IWAE-STL",
+    "dreg": "IWAE-DReG",
+    "vimco": "VIMCO",
+    "wake": "RWS",
+    "rws-dreg": "RWS-DReG",
+    "sleep": "wake-sleep",
+}
+
+
 def objective(settings: dict[str, Any]) -> str | None:
     """The objective's name in the literature, by both sides' estimators and particles; None if it has none."""
     samples = settings.get("model.samples")
@@ -136,8 +147,10 @@ def objective(settings: dict[str, Any]) -> str | None:
             return f"PIWAE({samples // k_phi}, {k_phi})"
         case "ciwae", "ciwae" if sides[0] == sides[1] and set(options) == {"beta"} and k_phi == samples:
             return f"CIWAE({options['beta']})"
-        case "iwae", ("stl" | "dreg") if k_theta == k_phi == samples:
-            return {"stl": "IWAE-STL", "dreg": "IWAE-DReG"}[phi]
+        case (("vr-iwae" | "tvo"), ("vr-iwae" | "tvo")) if sides[0] == sides[1] and k_phi == samples:
+            return f"{theta.upper()}({', '.join(map(shown, options.values()))})"
+        case "iwae", str() if k_theta == k_phi == samples and phi in OF_IWAE and not options:
+            return OF_IWAE[phi]
     return None
 
 
