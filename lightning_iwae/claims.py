@@ -74,6 +74,11 @@ def z_score(sample: Tensor, expected: float | Tensor) -> float:
     return float((sample.mean() - expected) / (sample.std() / math.sqrt(sample.numel())))
 
 
+def listed(values: Iterable[float], form: str = "") -> str:
+    """Numbers with commas."""
+    return ", ".join(f"{v:{form}}" for v in values)
+
+
 def elbo_is_log_p_less_kl(bench: Bench) -> Finding:
     """Eqs. 6 and 8: the mean of single-sample estimates against log p(x) - KL, per datum."""
     model, x = bench.model, bench.x[:64]
@@ -92,19 +97,12 @@ def weights_are_importance_weights(bench: Bench) -> Finding:
     log_w = routing.draw(model, x, 50 * K).log_w.unflatten(0, (-1, K)).squeeze(-1)
     with torch.no_grad():
         w = (log_w - model.exact_log_px(x)).exp()
-        limit = 1 / (1 + relative_variance(model, x)).item()
+        limit = 1 / (1 + model.relative_variance(x)).item()
     z_mean, fraction = z_score(w, 1.0), ess(log_w, 1) / K
     z_ess = z_score(fraction, limit)
-    measured = f"E[w]/p(x) = {w.mean():.4f} (z = {z_mean:+.2f}); ESS/K = {fraction.mean():.4f}, limit {limit:.4f} (z = {z_ess:+.2f})"
+    measured = f"E[w]/p(x) = {w.mean():.4f} (z = {z_mean:+.2f}); ESS/K = {fraction.mean():.4f}, limit {limit:.4f} "
+    measured += f"(z = {z_ess:+.2f})"
     return Finding(measured, max(abs(z_mean), abs(z_ess)) < Z_LIMIT, {"z_mean": z_mean, "z_ess": z_ess})
-
-
-def relative_variance(model: LinearGaussian, x: Tensor) -> Tensor:
-    """Var[w] / p(x)^2 in closed form, (B,); needs a variance of q above 1/4."""
-    distance = (model.inference(x) - (x + model.mu) / 2).square().sum(-1)
-    wide = 4 * model.variance - 1
-    second = (2 * model.variance) ** model.dim * wide ** (-model.dim / 2) * torch.exp(2 * distance / wide)
-    return (second - 1).detach()
 
 
 def more_particles_tighten_the_bound(bench: Bench) -> Finding:
@@ -112,18 +110,18 @@ def more_particles_tighten_the_bound(bench: Bench) -> Finding:
     model, x, counts = bench.model, bench.x[:256], (1, 2, 4, 16, 64, 256)
     log_w = routing.draw(model, x, 256 * bench.count(40)).log_w
     with torch.no_grad():
-        log_px, expected = model.exact_log_px(x), relative_variance(model, x).mean() / (2 * counts[-1])
+        log_px, expected = model.exact_log_px(x), model.relative_variance(x).mean() / (2 * counts[-1])
     gaps = [(log_px - bounds.miwae(log_w.unflatten(0, (-1, K)))) for K in counts]
     steps = [z_score(wider - tighter, 0.0) for wider, tighter in itertools.pairwise(gaps)]
     ratio = (gaps[-1].mean() / expected).item()
     values = [g.mean().item() for g in gaps]
-    measured = f"log p - L_K = {', '.join(f'{v:.4f}' for v in values)} for K = {', '.join(map(str, counts))}; the last is {ratio:.3f} of theory"
+    measured = f"log p - L_K = {listed(values, '.4f')} for K = {listed(counts)}; the last is {ratio:.3f} of theory"
     return Finding(measured, min(steps) > Z_LIMIT and abs(ratio - 1) < 0.1, {"gaps": values, "ratio": ratio})
 
 
 # ------------------------------------------------------------------------------------------------ q_IS, p_IS
 def two_particles() -> tuple[Tensor, Tensor, Tensor, float, float]:
-    """At all nodes of a quadrature over two particles, D = 1: the nodes' probabilities under q_IS, log q_IS, log p_IS; log p, L_2."""
+    """q_IS's probability of each node of a quadrature over two particles (D = 1), log q_IS, log p_IS; log p, L_2."""
     model = LinearGaussian(1, 2 / 3).double()
     with torch.no_grad():
         model.mu.fill_(0.3), model.inference.weight.fill_(0.2), model.inference.bias.fill_(-0.4)
@@ -157,7 +155,9 @@ def equation_11_as_printed(bench: Bench) -> Finding:
     probability, log_q_is, *_ = two_particles()
     printed = log_q_is - math.log(2)
     total = (probability * (printed - log_q_is).exp()).sum().item()
-    return Finding(f"as printed it integrates to {total:.6f}; without the 1/K to 1", abs(total - 0.5) < 1e-12, {"total": total})
+    return Finding(
+        f"as printed it integrates to {total:.6f}; without the 1/K to 1", abs(total - 0.5) < 1e-12, {"total": total}
+    )
 
 
 def iwae_widens_q(bench: Bench) -> Finding:
@@ -186,7 +186,7 @@ def best_width(posterior: MultivariateNormal, grid: Tensor, K: int, n: int) -> f
 
 # ------------------------------------------------------------------------------------------------ gradients
 def theta_s_gradient_gets_better(bench: Bench) -> Finding:
-    """mu's mean gradient tends to that of log p(x), (x - mu) / 2, as 1/K, and its standard deviation falls as K^-1/2."""
+    """mu's mean gradient tends to that of log p(x), (x - mu) / 2, as 1/K; its standard deviation falls as K^-1/2."""
     model, counts, R = LinearGaussian(2, 2 / 3).double(), (4, 16, 64, 256), bench.count(40_000)
     x = torch.tensor([[1.1, -0.6]], dtype=torch.float64).expand(R, -1)
     biases, stds = [], []
@@ -212,8 +212,16 @@ def slope(counts: Iterable[int], values: Iterable[float]) -> float:
 
 def series(bench: Bench, side: str, name: str, axis: str, least: int = 1) -> list[tuple[int, Row]]:
     """The laboratory's rows of an estimator along K (M = 1) or M (K = 8), from `least` on."""
-    keys = [(K, (M, K)) for (M, K) in grid_of(bench) if M == 1] if axis == "K" else [(M, (M, K)) for (M, K) in grid_of(bench) if K == 8]
-    return [(n, bench.rows[side, name, M, K]) for n, (M, K) in sorted(keys) if n >= least and (side, name, M, K) in bench.rows]
+    keys = (
+        [(K, (M, K)) for (M, K) in grid_of(bench) if M == 1]
+        if axis == "K"
+        else [(M, (M, K)) for (M, K) in grid_of(bench) if K == 8]
+    )
+    return [
+        (n, bench.rows[side, name, M, K])
+        for n, (M, K) in sorted(keys)
+        if n >= least and (side, name, M, K) in bench.rows
+    ]
 
 
 def grid_of(bench: Bench) -> set[tuple[int, int]]:
@@ -229,7 +237,7 @@ def signal(row: Row) -> float:
 def phi_s_gradient_vanishes_faster_than_its_noise(bench: Bench) -> Finding:
     """IWAE's phi: mean as 1/K, standard deviation as K^-1/2, so that SNR falls as K^-1/2, K >= 16."""
     points = series(bench, "phi", "iwae", "K", 16)
-    snr, std = fit_slope(points, "snr"), slope([n for n, _ in points], [r.std_norm for _, r in points])
+    snr, std = fit_slope(points)[0], slope([n for n, _ in points], [r.std_norm for _, r in points])
     mean = slope([n for n, _ in points], [signal(r) for _, r in points])
     values = {"snr": snr, "mean": mean, "std": std}
     holds = abs(snr + 0.5) < 0.06 and abs(std + 0.5) < 0.06 and abs(mean + 1) < 0.15
@@ -237,7 +245,7 @@ def phi_s_gradient_vanishes_faster_than_its_noise(bench: Bench) -> Finding:
 
 
 def the_encoder_is_needed_less(bench: Bench) -> Finding:
-    """K to infinity: phi's mean gradient goes as 1/K (measured with DReG, which has IWAE's mean), and so does the gap of a bad q."""
+    """K to infinity: phi's mean gradient goes as 1/K (by DReG, which has IWAE's mean), and so does a bad q's gap."""
     points = series(bench, "phi", "dreg", "K", 16)
     mean = slope([n for n, _ in points], [signal(r) for _, r in points])
     model, counts = LinearGaussian(2, 1.0).double(), (16, 64, 256, 1024)
@@ -247,14 +255,15 @@ def the_encoder_is_needed_less(bench: Bench) -> Finding:
         log_w = routing.draw(model, x, 1024 * bench.count(400)).log_w
         gaps = [(model.exact_log_px(x) - bounds.miwae(log_w.unflatten(0, (-1, K)))).item() for K in counts]
     gap = slope(counts, gaps)
-    measured = f"norm of phi's mean gradient: slope {mean:+.2f}; log p - L_K of a q that ignores x: {gaps[0]:.4f} .. {gaps[-1]:.5f}, slope {gap:+.2f}"
+    measured = f"norm of phi's mean gradient: slope {mean:+.2f}; log p - L_K of a q that ignores x: "
+    measured += f"{listed(gaps, '.5f')} nats, slope {gap:+.2f}"
     return Finding(measured, abs(mean + 1) < 0.1 and abs(gap + 1) < 0.15, {"mean": mean, "gap": gap})
 
 
 def theta_s_snr_rises(bench: Bench) -> Finding:
     """IWAE's theta: SNR dips, and then rises as K^+1/2."""
     points = series(bench, "theta", "iwae", "K")
-    rising = fit_slope([p for p in points if p[0] >= 64], "snr")
+    rising = fit_slope([p for p in points if p[0] >= 64])[0]
     values = ", ".join(f"{r.snr:.2f}" for _, r in points)
     measured = f"SNR {values} for K = {', '.join(str(n) for n, _ in points)}; slope from K = 64 on {rising:+.2f}"
     return Finding(measured, abs(rising - 0.5) < 0.06, {"slope": rising})
@@ -262,15 +271,15 @@ def theta_s_snr_rises(bench: Bench) -> Finding:
 
 def groups_repair_it(bench: Bench) -> Finding:
     """M groups: SNR of both as M^+1/2, K = 8."""
-    found = {side: fit_slope(series(bench, side, "iwae", "M"), "snr") for side in ("phi", "theta")}
+    found = {side: fit_slope(series(bench, side, "iwae", "M"))[0] for side in ("phi", "theta")}
     measured = f"slopes in M: phi {found['phi']:+.2f}, theta {found['theta']:+.2f}"
     return Finding(measured, all(abs(v - 0.5) < 0.06 for v in found.values()), found)
 
 
 def theorem_1(bench: Bench) -> Finding:
-    """Theorem 1 with its constants: IWAE's SNR against closed forms, within 4 standard errors from K = 16 on and at K = 1."""
+    """Theorem 1 with its constants: IWAE's SNR against closed forms, at K = 1 and from K = 16 on."""
     rows = [bench.rows[k] for k in bench.rows if k[1] == "iwae" and (k[3] >= 16 or k[2:] == (1, 1))]
-    errors = [(r.snr - r.theory) / ((r.snr_hi - r.snr_lo) / 3.92) for r in rows if r.theory is not None]
+    errors = [(r.snr - r.theory) / r.standard_error for r in rows if r.theory is not None]
     worst = max(errors, key=abs)
     measured = f"worst of {len(errors)} rows: {worst:+.2f} standard errors"
     return Finding(measured, abs(worst) < 4.0, {"worst": worst, "rows": len(errors)})
@@ -279,7 +288,7 @@ def theorem_1(bench: Bench) -> Finding:
 def other_estimators_keep_their_signal(bench: Bench) -> Finding:
     """On the same bound: SNR of DReG rises as K^+1/2, VIMCO's falls as IWAE's; STL's and wake's, on another, rise."""
     low, high = {"vimco": -0.5}, {"dreg": 0.5, "stl": 0.5, "wake": 0.5}
-    found = {name: fit_slope(series(bench, "phi", name, "K", 64), "snr") for name in low | high}
+    found = {name: fit_slope(series(bench, "phi", name, "K", 64))[0] for name in low | high}
     holds = all(abs(found[name] - expected) < 0.1 for name, expected in (low | high).items())
     return Finding("slopes from K = 64 on: " + ", ".join(f"{n} {v:+.2f}" for n, v in found.items()), holds, found)
 
@@ -296,14 +305,20 @@ TRAINED = {  # theta, phi, of 64 samples
 
 
 def more_particles_train_a_worse_inference_network(bench: Bench) -> Finding:
-    """D = 10, 64 samples, batch 64, Adam 3e-3, 1500 steps, two seeds: excess of KL(q || posterior) over the best q's."""
+    """D = 10, 64 samples, batch 64, Adam 3e-3, 1500 steps, two seeds: KL(q || posterior) in excess of the best q's."""
     steps = bench.count(1500)
-    found = {name: [train(*sides, steps, seed) for seed in (bench.seed, bench.seed + 1)] for name, sides in TRAINED.items()}
+    found = {
+        name: [train(*sides, steps, seed) for seed in (bench.seed, bench.seed + 1)] for name, sides in TRAINED.items()
+    }
     kl = {name: sum(run[0] for run in runs) / 2 for name, runs in found.items()}
     mu = {name: sum(run[1] for run in runs) / 2 for name, runs in found.items()}
     worse, tight = kl["IWAE(1, 64)"], [kl[name] for name in ("MIWAE(8, 8)", "PIWAE(8, 8)", "VAE(64, 1)", "STL(1, 64)")]
     holds = worse > 3 * max(tight) and worse > 2 * kl["DReG(1, 64)"] and max(mu.values()) < 2 * min(mu.values())
-    measured = "excess KL " + ", ".join(f"{name} {value:.4f}" for name, value in kl.items()) + f" nats; |mu - mu*| {min(mu.values()):.3f} .. {max(mu.values()):.3f}"
+    measured = (
+        "excess KL "
+        + ", ".join(f"{name} {value:.4f}" for name, value in kl.items())
+        + f" nats; |mu - mu*| {min(mu.values()):.3f} .. {max(mu.values()):.3f}"
+    )
     return Finding(measured, holds, {"kl": kl, "mu": mu})
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .laboratory import Row as Measured
+    from .laboratory import Slope
+
 Row = Mapping[str, str]
 SIDES = {"phi": "inference network (phi)", "theta": "generative network (theta)"}
 BOUNDS = {  # name -> label, colour, line
@@ -121,6 +124,59 @@ def signal_to_noise(runs: Mapping[str, Sequence[Row]], ratios: Sequence[str] = (
     if len(runs) > 1:
         axes[0, 0].legend(ncols=2, fontsize=9)
     return drawn
+
+
+def snr_over_grid(rows: Sequence["Measured"], slopes: Sequence["Slope"] = ()) -> "Figure":
+    """SNR of the laboratory's rows against K at M = 1 (left) and against M (right), phi above, theta below.
+
+    Intervals as bands, theory dashed, what pure noise would show dotted, fitted slopes in the legend.
+    """
+    drawn = figure(7.0)
+    axes = drawn.subplots(2, 2, sharey="row", squeeze=False)
+    for line, (side, title) in zip(axes, SIDES.items(), strict=True):
+        for axis, name in zip(line, ("K", "M"), strict=True):
+            own = [r for r in rows if r.side == side]
+            fitted = {(s.estimator, s.options): s.slope for s in slopes if (s.side, s.axis) == (side, name)}
+            _grid_panel(axis, own, name, fitted)
+            axis.set_title(f"{title}, {'M = 1' if name == 'K' else 'K fixed'}", fontsize=11)
+            axis.set_xlabel("particles K" if name == "K" else "groups M")
+        line[0].set_ylabel("SNR of one gradient estimate")
+    return drawn
+
+
+def _grid_panel(axis: "Axes", rows: Sequence["Measured"], name: str, fitted: Mapping[tuple[str, str], float]) -> None:
+    several = {r.K for r in rows if r.M > 1}
+    estimators = list(dict.fromkeys((r.estimator, r.options) for r in rows))
+    for (estimator, options), colour in zip(estimators, COLOURS, strict=False):
+        own = [r for r in rows if (r.estimator, r.options) == (estimator, options)]
+        own = [r for r in own if (r.M == 1 if name == "K" else r.K in several)]
+        own = sorted((r for r in own if r.snr > 0), key=lambda r: getattr(r, name))
+        at, values = [getattr(r, name) for r in own], [r.snr for r in own]
+        slope = fitted.get((estimator, options))
+        label = f"{estimator} {options}".strip() + (f": {slope:+.2f}" if slope is not None else "")
+        axis.plot(at, values, ".-", color=colour, lw=1.5, label=label)
+        axis.fill_between(
+            at, [max(r.snr_lo, 1e-9) for r in own], [r.snr_hi for r in own], color=colour, alpha=0.2, lw=0
+        )
+        known = [(a, r.theory) for a, r in zip(at, own, strict=True) if r.theory]
+        if known:
+            axis.plot(*zip(*known, strict=True), "--", color="black", lw=1, zorder=0)
+    if rows:
+        axis.axhline(rows[0].snr_floor, color="grey", ls=":", lw=1.2)
+        axis.text(
+            0.99,
+            rows[0].snr_floor,
+            "pure noise",
+            transform=axis.get_yaxis_transform(),
+            ha="right",
+            va="bottom",
+            color="grey",
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, title="slope fitted", title_fontsize=8)
 
 
 def _ratio(axis: "Axes", rows: Sequence[Row], name: str, label: str, colour: str) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import routing
-from .diagnostics import SNR, Running
-from .models import Batch, cut, given, split
+from .diagnostics import Running
+from .models import Batch, given, split
 from .randomness import forked, seed_for
 from .sides import Side
 
@@ -166,15 +166,15 @@ class Kept:
 
 
 def corrected_snr(draws: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """Mean over parameters of |mean| / std of draws (n, P): as it stands, corrected for its bias, and its standard error.
+    """Mean over parameters of |mean| / std of draws (n, P): as it stands, corrected for bias, and its standard error.
 
     |mean| of n draws exceeds the true one where noise is as large: by the same, to first order, by which resampled
     draws exceed these. So the bootstrap's mean excess is taken off once; its spread is the standard error.
     """
     n = len(draws)
     draws = draws[:, draws.std(0) > 0]
-    draws = draws - draws.mean(0) + 0.0, draws.mean(0)
-    centred, mean = draws
+    mean = draws.mean(0)
+    centred = draws - mean
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     weights = torch.from_numpy(counts / n)
     shift = weights @ centred
@@ -188,6 +188,52 @@ def theory(model: Any, x: Tensor, record: Kept, M: int, K: int) -> Tensor | None
     """The SNR (P,) that a model knows of its gradients, if it does: see `LinearGaussian.exact_snr`."""
     exact = getattr(model, "exact_snr", None)
     return None if exact is None else exact(x, record.name, record.side.estimator, M, K)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Of log snr against log K at M = 1, or against log M at one K, from `first` on. `slopes.csv` has these columns."""
+
+    side: str
+    estimator: str
+    options: str
+    axis: str
+    first: int
+    last: int
+    slope: float
+    standard_error: float
+    theory: float | None
+
+    def __str__(self) -> str:
+        known = "" if self.theory is None else f", theory {self.theory:+.1f}"
+        span = f"{self.axis} = {self.first} .. {self.last}"
+        return f"{self.side:6}{self.estimator:18}{span:18}{self.slope:+.3f} +- {self.standard_error:.3f}{known}"
+
+
+FALLING = {"iwae": -0.5, "vimco": -0.5, "vimco-arithmetic": -0.5}  # phi's slope in K; the others' is +1/2
+UNKNOWN = {"jvi", "jvi-dreg", "score", "sleep"}
+
+
+def slopes(rows: Sequence[Row]) -> list[Slope]:
+    """Fits of every estimator along K at M = 1, where it is asymptotic (from K = 16 or 64 on), and along M."""
+    found = []
+    for side, estimator, options in dict.fromkeys((r.side, r.estimator, r.options) for r in rows):
+        own = [r for r in rows if (r.side, r.estimator, r.options) == (side, estimator, options)]
+        falls = side == "phi" and estimator in FALLING
+        in_K = [(r.K, r) for r in own if r.M == 1 and (16 if falls else 64) <= r.K]
+        several = [K for K in dict.fromkeys(r.K for r in own) if len({r.M for r in own if r.K == K}) > 1]
+        in_M = [[(r.M, r) for r in own if r.K == K] for K in several]
+        known = FALLING.get(estimator, 0.5) if side == "phi" else 0.5
+        for axis, points, value in [
+            ("K", in_K, None if estimator in UNKNOWN else known),
+            *(("M", p, 0.5) for p in in_M),
+        ]:
+            points = sorted(((n, r) for n, r in points if r.snr > 2 * r.standard_error), key=lambda p: p[0])
+            if len(points) > 1:
+                slope, error = fit_slope(points)
+                ends = points[0][0], points[-1][0]
+                found.append(Slope(side, estimator, options, axis, *ends, slope, error, value))
+    return found
 
 
 def fit_slope(points: Sequence[tuple[int, Row]]) -> tuple[float, float]:
