@@ -186,11 +186,8 @@ def snr(words: Sequence[str]) -> None:
     print(f"{type(model).__name__} with parameters: {parameters}; {len(split(batch)[0])} data; {samples:.2e} samples")
     for M, K in points:
         for side, wanted in (("phi", phi), ("theta", theta)):
-            if left := [
-                s.estimator
-                for s in wanted
-                if s.estimator not in {f.estimator for f in laboratory.fitting(wanted, side, M, K)}
-            ]:
+            fit = [s.estimator for s in laboratory.fitting(wanted, side, M, K)]
+            if left := [s.estimator for s in wanted if s.estimator not in fit]:
                 print(f"left out at M = {M}, K = {K}: {side} {', '.join(left)}")
     with tqdm(total=samples, unit="sample", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         rows = list(laboratory.measure(model, batch, phi, theta, points, given.draws, seed, watch=bar.update))
@@ -253,20 +250,10 @@ def claims(words: Sequence[str]) -> None:
     found = []
     for claim, finding in post.check(post.CLAIMS, bench):
         verdict = "holds" if finding.holds else "FAILS"
-        print(
-            f"{verdict}  {claim.name}: {claim.says}\n       expected: {claim.expected}\n       measured: {finding.measured}",
-            flush=True,
-        )
-        found.append(
-            {
-                "claim": claim.name,
-                "says": claim.says,
-                "expected": claim.expected,
-                "measured": finding.measured,
-                "verdict": verdict,
-                "values": finding.values,
-            }
-        )
+        told = {"claim": claim.name, "says": claim.says, "expected": claim.expected, "measured": finding.measured}
+        found.append(told | {"verdict": verdict, "values": finding.values})
+        print(f"{verdict}  {claim.name}: {claim.says}", f"expected: {claim.expected}", sep="\n       ")
+        print(f"       measured: {finding.measured}", flush=True)
     print("not run, as they need MNIST: " + "; ".join(post.NEED_MNIST))
     failed = [f["claim"] for f in found if f["verdict"] == "FAILS"]
     with replacing(given.out / "claims.json") as file:
