@@ -165,7 +165,7 @@ class Kept:
         )
 
 
-def corrected_snr(draws: Tensor, seed: int = 0) -> tuple[float, float, float]:
+def corrected_snr(draws: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
     """Mean over parameters of |mean| / std of draws (n, P): as it stands, corrected for bias, and its standard error.
 
     |mean| of n draws exceeds the true one where noise is as large: by the same, to first order, by which resampled
@@ -175,7 +175,7 @@ def corrected_snr(draws: Tensor, seed: int = 0) -> tuple[float, float, float]:
     draws = draws[:, draws.std(0) > 0]
     mean = draws.mean(0)
     centred = draws - mean
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     weights = torch.from_numpy(counts / n)
     shift = weights @ centred
     variance = (weights @ centred.square() - shift.square()) * (n / (n - 1))
