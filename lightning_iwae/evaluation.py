@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .diagnostics import LEAST_PARTICLES, Tail, active_units
+from .models.base import draw_posterior
 
 Keyed = dict[str, Tensor]
 
@@ -51,7 +52,7 @@ def importance_sample(
     log_sum = total - math.inf
     log_sum_squares = total - math.inf
     for start in range(0, particles, chunk):
-        z = q.rsample((min(chunk, particles - start),))
+        z, _ = draw_posterior(q, min(chunk, particles - start))
         log_w = (prior.log_prob(z) + model.likelihood(z).log_prob(x) - q.log_prob(z)).double()
         if watch is not None:
             watch(log_w)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "sides": {"bounds", "estimators"},
     "routing": {"bounds", "sides", "weighing", "models.base", "models.labels"},
     "diagnostics": {"weights"},
-    "evaluation": {"diagnostics", "weights"},
+    "evaluation": {"diagnostics", "models.base", "weights"},
     "schedule": {"sides"},
     "data": {"randomness"},
     "module": {
@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "signals": set(),
     "resume": set(),
     "metrics_csv": {"writing"},
-    "posteriors": {"weights"},
+    "posteriors": {"models.base", "weights"},
     "figures": {"posteriors", "weights"},
     "curves": {"figures"},
     "callbacks": {
@@ -70,6 +70,7 @@ MAY_IMPORT = {
 }
 # Beyond Python's own library. Parts not named here know torch at most.
 OUTSIDE = {
+    "models": {"torch", "zuko"},
     "_version": set(),
     "__init__": set(),
     "__main__": set(),
