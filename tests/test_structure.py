@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "evaluation": {"diagnostics", "weights"},
     "schedule": {"sides"},
     "data": {"randomness"},
+    "laboratory": {"routing", "diagnostics", "models", "randomness", "sides"},
+    "claims": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
     "module": {
         "routing",
         "sides",
@@ -47,7 +49,7 @@ MAY_IMPORT = {
     "metrics_csv": {"writing"},
     "posteriors": {"weights"},
     "figures": {"posteriors", "weights"},
-    "curves": {"figures"},
+    "curves": {"figures", "laboratory"},
     "callbacks": {
         "module",
         "models",
@@ -75,6 +77,8 @@ OUTSIDE = {
     "__main__": set(),
     "writing": set(),
     "predictions": {"torch", "numpy"},
+    "laboratory": {"torch", "numpy"},
+    "claims": {"torch", "numpy"},
     "signals": set(),
     "metrics_csv": {"lightning"},
     "figures": {"torch", "numpy", "matplotlib", "PIL"},
