@@ -104,7 +104,7 @@ def _logarithmic(axis: "Axes") -> None:
 
 def signal_to_noise(runs: Mapping[str, Sequence[Row]], ratios: Sequence[str] = ("snr",)) -> "Figure":
     """SNR (and DSNR) of phi's and theta's gradient over steps: the mean over parameters, their quartiles as a band, and
-    what pure noise would show, dotted.
+    what pure noise would show, dotted. Of a single run the other estimators that were measured too, dashed.
 
     Args:
         runs: label -> rows; one colour each.
@@ -116,6 +116,8 @@ def signal_to_noise(runs: Mapping[str, Sequence[Row]], ratios: Sequence[str] = (
         for axis, (side, title) in zip(line, SIDES.items(), strict=True):
             for (label, rows), colour in zip(runs.items(), COLOURS, strict=False):
                 _ratio(axis, rows, f"{ratio}/{side}", label, colour)
+            if len(runs) == 1:
+                _others(axis, next(iter(runs.values())), f"{ratio}/{side}/")
             axis.set_title(title, fontsize=11)
             axis.grid(alpha=0.25)
         line[0].set_ylabel(f"{ratio.upper()} of one gradient estimate")
@@ -177,6 +179,19 @@ def _grid_panel(axis: "Axes", rows: Sequence["Measured"], name: str, fitted: Map
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, title="slope fitted", title_fontsize=8)
+
+
+def _others(axis: "Axes", rows: Sequence[Row], prefix: str) -> None:
+    """The estimators that were measured beside the one that is trained with."""
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if name.startswith(prefix) and value)
+    for i, name in enumerate(names):
+        colour, line = COLOURS[1 + i % (len(COLOURS) - 1)], ("--", "-.", ":")[i // (len(COLOURS) - 1) % 3]
+        steps, values = column(rows, name)
+        marker = "o" if len(steps) == 1 else None
+        axis.plot(steps, values, line, color=colour, lw=1.5, marker=marker, label=name.removeprefix(prefix))
+    if names:
+        axis.lines[0].set_label("trained with")
+        axis.legend(fontsize=8, ncols=2)
 
 
 def _ratio(axis: "Axes", rows: Sequence[Row], name: str, label: str, colour: str) -> None:

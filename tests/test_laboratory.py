@@ -111,7 +111,7 @@ def toy(dim=3, size=7, seed=0):
 
 
 def by_hand(model, x, M, K, draws, seed):
-    """Gradients (draws, P) of phi by IWAE and by DReG and of theta by IWAE, one draw after another, by plain autograd."""
+    """Gradients (draws, P) of phi by IWAE and DReG and of theta by IWAE, one draw after another, by plain autograd."""
     phi, theta = list(model.inference.parameters()), [model.mu]
     found = {"iwae": [], "dreg": [], "theta": []}
     for draw in range(draws):

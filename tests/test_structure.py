@@ -52,6 +52,8 @@ MAY_IMPORT = {
     "curves": {"figures", "laboratory"},
     "callbacks": {
         "module",
+        "routing",
+        "sides",
         "models",
         "evaluation",
         "diagnostics",
