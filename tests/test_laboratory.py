@@ -396,3 +396,28 @@ def test_points_without_a_signal_are_no_part_of_a_slope():
     (slope,) = slopes(rows + noise)
     assert (slope.first, slope.last) == (16, 64)
     assert slopes(noise) == []
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+def test_rows_do_not_depend_on_the_number_of_workers():
+    torch.set_num_threads(1)
+    model, x = toy()
+    settings = [IWAE, Side("sleep", 2), VIMCO], [IWAE], [(1, 2), (2, 3)], 12
+    seen: list[int] = []
+    alone = list(measure(model, x, *settings))
+    assert list(measure(model, x, *settings, watch=seen.append, workers=2)) == alone
+    assert seen == [7 * 2] * 12 + [7 * 6] * 12
+
+
+def test_mistake_is_raised_by_this_process_whatever_the_workers():
+    with pytest.raises(ValueError, match="reparameterised posterior"):
+        next(measure(Binary(), torch.ones(5, 3), [IWAE], [IWAE], [(1, 3)], 8, workers=2))
+
+
+def test_model_that_cannot_be_handed_over_is_refused():
+    model, x = toy()
+    model.inference.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="workers must be 1, as the model or the data can't be given"):
+        next(measure(model, x, [IWAE], [], [(1, 2)], 8, workers=2))
+    with pytest.raises(ValueError, match=r"workers must be at least 1. Got 0"):
+        next(measure(model, x, [IWAE], [], [(1, 2)], 8, workers=0))

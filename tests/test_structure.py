@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "evaluation": {"diagnostics", "weights"},
     "schedule": {"sides"},
     "data": {"randomness"},
-    "laboratory": {"routing", "diagnostics", "models", "randomness", "sides"},
+    "parallel": set(),
+    "laboratory": {"parallel", "routing", "diagnostics", "models", "randomness", "sides"},
     "claims": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
     "module": {
         "routing",
