@@ -179,7 +179,7 @@ def measured(
         workers = args.workers or (threads if seconds > LONG else 1)
         processes = f"{workers} process{'es' * (workers > 1)}"
         print(f"{samples:.2e} samples: about {seconds / workers / 60:.1f} minutes with {processes}", flush=True)
-        with tqdm(total=samples, unit="sample", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=samples, unit="sample", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
             drawn = laboratory.measure(
                 model, batch, *sides, points, args.draws, seed, watch=bar.update, workers=workers
             )
