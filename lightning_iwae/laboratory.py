@@ -12,6 +12,7 @@ from torch import Tensor
 from . import routing
 from .diagnostics import Running
 from .models import Batch, given, split
+from .parallel import Workers
 from .randomness import forked, seed_for
 from .sides import Side
 
@@ -56,6 +57,7 @@ def measure(
     seed: int = 0,
     parameters: int = 1000,
     watch: Callable[[int], None] = lambda samples: None,
+    workers: int = 1,
 ) -> Iterator[Row]:
     """Rows for every estimator at every (M, K), whose gradients come from the same samples.
 
@@ -69,20 +71,30 @@ def measure(
         draws: n, gradients drawn of each, at least 8.
         parameters: of each side that snr is taken over, chosen at random if there are more; norms and dsnr take all.
         watch: is told of the samples that were drawn, N * M * K each time.
+        workers: processes that draw, see `Workers`; results do not depend on them.
     """
     if draws < 8:
         raise ValueError(f"draws must be at least 8. Got {draws}.")
     x, _ = split(batch)
-    for M, K in grid:
-        sides = {"phi": fitting(phi, "phi", M, K), "theta": fitting(theta, "theta", M, K)}
-        kept = [Kept(name, side, draws, seed, parameters) for name, fit in sides.items() for side in fit]
-        for draw in range(draws):
-            with forked(seed_for(seed, "laboratory", M, K, draw), x.device):
-                for record, g in zip(kept, gradients(model, batch, sides["phi"], sides["theta"], M * K), strict=True):
-                    record.add(g)
-            watch(len(x) * M * K)
-        for record in kept:
-            yield record.row(M, K, theory(model, x, record, M, K))
+    with Workers(draw_gradients, (model, batch), workers) as pool:
+        for M, K in grid:
+            sides = {"phi": fitting(phi, "phi", M, K), "theta": fitting(theta, "theta", M, K)}
+            kept = [Kept(name, side, draws, seed, parameters) for name, fit in sides.items() for side in fit]
+            tasks = ((sides["phi"], sides["theta"], M * K, (seed, "laboratory", M, K, draw)) for draw in range(draws))
+            for found in pool.map(tasks):
+                for record, g in zip(kept, found, strict=True):
+                    record.add(torch.from_numpy(g))
+                watch(len(x) * M * K)
+            for record in kept:
+                yield record.row(M, K, theory(model, x, record, M, K))
+
+
+def draw_gradients(
+    model: Any, batch: Batch, phi: Sequence[Side], theta: Sequence[Side], samples: int, key: Sequence[int | str]
+) -> list[np.ndarray]:
+    """One draw of `gradients`, a function of `key`, on the CPU."""
+    with forked(seed_for(*key), split(batch)[0].device):
+        return [g.cpu().numpy() for g in gradients(model, batch, phi, theta, samples)]
 
 
 def fitting(sides: Sequence[Side], name: str, M: int, K: int) -> list[Side]:

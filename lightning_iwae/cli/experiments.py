@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -50,6 +51,9 @@ def parser(command: str, description: str, out: str) -> Parser:
     p.add_argument("-c", "--config", metavar="FILE", action="append", default=[], help="a run's YAML; more lie over it")
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help=out)
     p.add_argument("--seed", type=int, help="of data, parameters and draws (default: the config's seed_everything)")
+    p.add_argument(
+        "--workers", metavar="N", type=int, help="processes; results do not depend on them (default: torch's threads)"
+    )
     return p
 
 
@@ -66,6 +70,9 @@ def read(p: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
         else:
             own.append(word)
     given = p.parse_args(own)
+    for name, least in (("draws", 8), ("workers", 1), ("data", 1)):
+        if (value := getattr(given, name, None)) is not None and value < least:
+            raise Mistake(f"--{name} must be at least {least}. Got {value}.")
     return given, [word for file in given.config for word in ("-c", file)] + dotted
 
 
@@ -156,6 +163,42 @@ def grid(text: str) -> list[tuple[int, int]]:
     return found  # type: ignore[return-value]
 
 
+# ------------------------------------------------------------------------------------------------ measuring
+LONG = 60  # seconds of one process, above which several are worth their start
+
+
+def measured(
+    model: Any, batch: Batch, sides: tuple[list[Side], list[Side]], points: list[tuple[int, int]], args: Any, seed: int
+) -> list[Row]:
+    """The laboratory's rows, with the cost said before and a progress bar; one thread a process."""
+    size, threads = len(split(batch)[0]), torch.get_num_threads()
+    samples = sum(M * K for M, K in points) * size * args.draws
+    torch.set_num_threads(1)
+    try:
+        seconds = samples * seconds_a_sample(model, batch, sides, points)
+        workers = args.workers or (threads if seconds > LONG else 1)
+        processes = f"{workers} process{'es' * (workers > 1)}"
+        print(f"{samples:.2e} samples: about {seconds / workers / 60:.1f} minutes with {processes}", flush=True)
+        with tqdm(total=samples, unit="sample", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
+            drawn = laboratory.measure(
+                model, batch, *sides, points, args.draws, seed, watch=bar.update, workers=workers
+            )
+            return list(drawn)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def seconds_a_sample(
+    model: Any, batch: Batch, sides: tuple[list[Side], list[Side]], points: list[tuple[int, int]]
+) -> float:
+    """By one draw at the costliest (M, K), to throw away."""
+    M, K = max(points, key=lambda point: point[0] * point[1])
+    phi, theta = (laboratory.fitting(side, name, M, K) for side, name in zip(sides, ("phi", "theta"), strict=True))
+    start = time.perf_counter()
+    laboratory.draw_gradients(model, batch, phi, theta, M * K, ("cost",))
+    return (time.perf_counter() - start) / (len(split(batch)[0]) * M * K)
+
+
 # ------------------------------------------------------------------------------------------------ snr
 def snr(words: Sequence[str]) -> None:
     """Measure, print, and write snr.csv, slopes.csv and snr.png."""
@@ -176,21 +219,17 @@ def snr(words: Sequence[str]) -> None:
     if not given.config and given.ckpt_path is None:
         raise Mistake("snr needs a config, -c FILE, or a trained model, --ckpt_path PATH.")
     phi, theta, points = sides(given.phi, PHI, "phi"), sides(given.theta, THETA, "theta"), grid(given.grid)
-    if given.draws < 8:
-        raise Mistake(f"--draws must be at least 8. Got {given.draws}.")
     config = settings(rest) if rest else {}
     seed = given.seed if given.seed is not None else int(config.get("seed_everything") or 0)
     model, batch, parameters = subject(config, given.ckpt_path, given.data, seed)
     given.out.mkdir(parents=True, exist_ok=True)
-    samples = sum(M * K for M, K in points) * len(split(batch)[0]) * given.draws
-    print(f"{type(model).__name__} with parameters: {parameters}; {len(split(batch)[0])} data; {samples:.2e} samples")
+    print(f"{type(model).__name__} with parameters: {parameters}; {len(split(batch)[0])} data")
     for M, K in points:
         for side, wanted in (("phi", phi), ("theta", theta)):
             fit = [s.estimator for s in laboratory.fitting(wanted, side, M, K)]
             if left := [s.estimator for s in wanted if s.estimator not in fit]:
                 print(f"left out at M = {M}, K = {K}: {side} {', '.join(left)}")
-    with tqdm(total=samples, unit="sample", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-        rows = list(laboratory.measure(model, batch, phi, theta, points, given.draws, seed, watch=bar.update))
+    rows = measured(model, batch, (phi, theta), points, given, seed)
     slopes = laboratory.slopes(rows)
     write(given.out / "snr.csv", [asdict(row) for row in rows])
     write(given.out / "slopes.csv", [asdict(slope) for slope in slopes])
@@ -241,11 +280,9 @@ def claims(words: Sequence[str]) -> None:
         )
     x = split(batch)[0]
     points = grid(CLAIMS_GRID)
-    samples = sum(M * K for M, K in points) * len(x) * given.draws
     phi = sides("iwae,dreg,stl,vimco,wake", PHI, "phi")
     given.out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=samples, unit="sample", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-        rows = list(laboratory.measure(model, x, phi, [Side("iwae")], points, given.draws, seed, watch=bar.update))
+    rows = measured(model, x, (phi, [Side("iwae")]), points, given, seed)
     bench = post.Bench(model, x, {(r.side, r.estimator, r.M, r.K): r for r in rows}, seed, given.draws / 300)
     found = []
     for claim, finding in post.check(post.CLAIMS, bench):
