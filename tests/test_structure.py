@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "sides": {"bounds", "estimators"},
     "routing": {"bounds", "sides", "weighing", "models.base", "models.labels"},
     "diagnostics": {"weights"},
-    "evaluation": {"diagnostics", "weights"},
+    "evaluation": {"diagnostics", "weights", "models.base"},
+    "hmc": set(),
+    "annealing": {"hmc", "weights", "models.base"},
     "schedule": {"sides"},
     "data": {"randomness"},
     "module": {
