@@ -275,8 +275,8 @@ class IWModule(LightningModule):
             return self.test_step(batch, batch_idx)
         self._seed_evaluation("validation", batch_idx)
         x, y = split(batch)
-        at_64, elbo, _ = importance_sample(given(self.network, y), x, 64)
-        sums = torch.stack([torch.ones_like(elbo), elbo, at_64]).sum(1)
+        found = importance_sample(given(self.network, y), x, 64)
+        sums = torch.stack([torch.ones_like(found.elbo), found.elbo, found.log_px]).sum(1)
         self._sums = self._sums + sums if batch_idx else sums
 
     def on_validation_epoch_end(self) -> None:

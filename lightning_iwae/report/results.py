@@ -28,6 +28,8 @@ KINDS = {
     "kl_is_64": Kind("log p(x) \N{MINUS SIGN} L_64", "nats", -1),
     "ess": Kind("ESS", "fraction", 1),
     "active_units": Kind("active units", "count", 0),
+    "rate": Kind("rate", "nats", 0),
+    "distortion": Kind("distortion", "nats", 0),
 }
 # of evaluation.json: figures at different values of these do not compare
 ABOUT = {
