@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "evaluation": {"diagnostics", "weights", "models.base"},
     "hmc": set(),
     "annealing": {"hmc", "weights", "models.base"},
+    "implicit": {"weights", "models.base"},
     "schedule": {"sides"},
     "data": {"randomness"},
     "module": {
