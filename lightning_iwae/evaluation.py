@@ -146,6 +146,22 @@ def moment(q: Any, name: Literal["mean", "stddev"]) -> Tensor | None:
         return None
 
 
+@torch.no_grad()
+def mean_variances(model: Any, x: Tensor, samples: int = 100) -> Tensor:
+    """Var_x(E_q[z_u | x]) of each latent number over x (N, ...), (Z,): what `diagnostics.active_units` goes by.
+
+    Where q knows no mean (a flow, a hierarchy) it is that of draws, whose own variance over `samples` is taken off
+    again: unbiased. (Burda et al.'s code takes one pass of samples through a hierarchy's lower layer and leaves their
+    variance in.)
+    """
+    q = model.posterior(x)
+    mean = moment(q, "mean")
+    if mean is not None:
+        return mean.double().flatten(1).var(0)
+    z = draw_posterior(q, samples)[0].double().flatten(2)
+    return z.mean(0).var(0) - z.var(0).mean(0) / samples
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures of `Totals.result` as text."""
     labels = {
@@ -162,4 +178,6 @@ def table(result: dict[str, Any]) -> str:
     rows = [f"{labels[k]:<46}{result[k]['mean']:>12.4f} +- {result[k]['se']:.4f}" for k in labels if k in result]
     if "active_units" in result:
         rows.append(f"{'active units (posterior mean varies by > 0.01)':<46}{result['active_units']:>7}")
+    if "active_units_train" in result:
+        rows.append(f"{'active units of the first 500 training data':<46}{result['active_units_train']:>7}")
     return "\n".join(rows)

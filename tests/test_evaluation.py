@@ -20,7 +20,15 @@ from torch.distributions import (
 )
 
 from lightning_iwae.diagnostics import Tail, pareto_k
-from lightning_iwae.evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment, table
+from lightning_iwae.evaluation import (
+    Totals,
+    evaluate,
+    evaluate_for_means,
+    importance_sample,
+    mean_variances,
+    moment,
+    table,
+)
 from lightning_iwae.models import LinearGaussian
 from lightning_iwae.weights import ess
 
@@ -396,6 +404,31 @@ def test_active_units_of_a_linear_encoder():
     assert totals.result()["active_units"] == 2
 
 
+class FromDraws(LinearGaussian):
+    """Whose q says nothing of its mean."""
+
+    def posterior(self, x):
+        q = super().posterior(x)
+        return SimpleNamespace(rsample=q.rsample)
+
+
+@pytest.mark.parametrize("network", [LinearGaussian, FromDraws])
+def test_variances_of_posterior_means_of_a_linear_encoder(network):
+    torch.manual_seed(0)
+    lengths = torch.tensor([0.5, 0.08, 0.06, 0.0])
+    model = network(4)
+    with torch.no_grad():
+        model.inference.weight.copy_(torch.diag(lengths))
+    x = torch.randn(20_000, 4) * math.sqrt(2)
+    found = mean_variances(model, x, 4)
+    expected = 2 * lengths.double() ** 2  # x ~ N(0, 2 I)
+    noise = 0.0 if network is LinearGaussian else 2 / 3 / 4  # of means of 4 draws
+    se = math.sqrt(2 / 20_000) * (expected + noise + 1e-9)
+    assert found.shape == (4,) and ((found - expected).abs() < 4 * se).all()
+    if noise:
+        assert ((found + noise - expected).abs() > 8 * se).all()  # as it would be were it left in
+
+
 def test_posterior_means_of_any_shape_count_each_unit():
     _, means = random_figures(40)
     totals = Totals()
@@ -436,11 +469,11 @@ def test_no_data_is_an_error():
 def test_table_prints_every_figure():
     names = list(evaluate_for_means(LinearGaussian(2), torch.zeros(1, 2), 30))
     result = {name: {"mean": -10.5 - i, "se": 0.125 + i} for i, name in enumerate(names)}
-    text = table(result | {"active_units": 23, "particles": 4321})
+    text = table(result | {"active_units": 23, "active_units_train": 24, "particles": 4321})
     for i in range(len(names)):
         assert f"{-10.5 - i:.4f} +- {0.125 + i:.4f}" in text
-    assert "active units" in text and " 23" in text
-    assert table(result | {"particles": 4321}).splitlines() == text.splitlines()[:-1]  # without the active units
+    assert "active units" in text and " 23" in text and " 24" in text
+    assert table(result | {"particles": 4321}).splitlines() == text.splitlines()[:-2]  # without the active units
     assert text.count("4321") == 2  # log p(x) and ESS say of how many
-    assert len(text.splitlines()) == len(names) + 1
-    assert len({line.index("-1") for line in text.splitlines()[:-1]}) == 1  # in one column
+    assert len(text.splitlines()) == len(names) + 2
+    assert len({line.index("-1") for line in text.splitlines()[:-2]}) == 1  # in one column
