@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from .. import routing
 from ..estimators import PHI, PRIOR, THETA, find
 from ..models import MLP
+from ..models.layers import tanh_layers
 from ..randomness import forked, seed_for
 from ..sides import Side
 from .draws import per_draw
@@ -255,7 +256,7 @@ class LearntPrior(MLP):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inference = torch.nn.Sequential(torch.nn.Linear(784, 100))
+        self.inference = tanh_layers([784, 100])
         self.generative.register_parameter("mean", torch.nn.Parameter(torch.zeros(50)))
 
     def prior(self) -> torch.distributions.Distribution:
