@@ -11,7 +11,7 @@ w~ are the weights normalised within each group, so that "iwae" on (M, K) is the
 g = (d log w / dz)(dz / d phi), h = grad_phi log q. Those with c = 0 need no reparameterised q, and fit discrete z.
 Where weights of zero leave an estimator no finite value, as when a group's are all zero, the weight is 0.
 
-To add one: write the function, add its row to THETA or PHI, add its row to `tests/test_estimators.py`.
+To add one: write the function, add its row to THETA or PHI, its twin to `tests/test_estimators_rows.py`.
 """
 
 import importlib
