@@ -15,10 +15,10 @@ from torch.distributions import Distribution
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from . import __version__, bounds, routing
-from .diagnostics import LEAST_PARTICLES
-from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment
+from .diagnostics import LEAST_PARTICLES, active_units
+from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, mean_variances, moment
 from .models import Batch, check_model, data_shape, given, split, takes_labels
-from .randomness import seed_for
+from .randomness import forked, seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
 from .sides import Side
 from .weights import ess
@@ -275,8 +275,8 @@ class IWModule(LightningModule):
             return self.test_step(batch, batch_idx)
         self._seed_evaluation("validation", batch_idx)
         x, y = split(batch)
-        at_64, elbo, _ = importance_sample(given(self.network, y), x, 64)
-        sums = torch.stack([torch.ones_like(elbo), elbo, at_64]).sum(1)
+        found = importance_sample(given(self.network, y), x, 64)
+        sums = torch.stack([torch.ones_like(found.elbo), found.elbo, found.log_px]).sum(1)
         self._sums = self._sums + sums if batch_idx else sums
 
     def on_validation_epoch_end(self) -> None:
@@ -298,10 +298,21 @@ class IWModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Means and standard errors: logged as test/* (val/*), kept in `result`, printed by the command line."""
         result = self._totals.result(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        result |= self._active_units_train()
         stage = "test" if self.trainer.testing else "val"
         means = {f"{stage}/{k}": v["mean"] if isinstance(v, dict) else float(v) for k, v in result.items()}
         self.log_dict(means, sync_dist=True)
         self.result = result | self.about()
+
+    def _active_units_train(self) -> dict[str, int]:
+        """Burda et al.'s figure, where the data have a `probe`: over the first 500 training data."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "probe") or not isinstance(data.train, Tensor):
+            return {}
+        probe = self.trainer.precision_plugin.convert_input(data.probe(min(500, len(data.train))))
+        x, y = split(self.trainer.strategy.batch_to_device(probe))
+        with forked(seed_for(self.seed, "active units"), self.device):
+            return {"active_units_train": active_units(mean_variances(given(self.network, y), x))}
 
     def about(self) -> dict[str, Any]:
         """What figures depend on beside the weights."""
