@@ -15,7 +15,7 @@ from lightning_iwae import bounds
 from lightning_iwae.estimators import DREAMING, PHI, PRIOR, THETA, phi_weights, prior_weights, theta_weights
 from tests.test_estimators import EXTREMES, B, K, M, channels, random_log_w, required
 
-HALF, ONE = Decimal("0.5"), Decimal(1)
+ONE = Decimal(1)
 
 
 # --- twins ------------------------------------------------------------------------------------------------------

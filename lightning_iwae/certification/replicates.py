@@ -111,6 +111,7 @@ def scored(sums: Tensor, n: int) -> Z:
     mean = sums[0] / n
     variance = (sums[1] - n * mean.square()) / (n - 1)
     z = mean.abs() / (variance / n).sqrt()
+    z = z.masked_fill((mean == 0) & (variance == 0), 0.0)  # the same draw for draw
     return Z(z[0].max().item(), z[1].max().item(), (mean[2].abs() / variance[2].sqrt()).min().item())
 
 
@@ -202,5 +203,5 @@ class Slopes(NamedTuple):
 def _slope(points: list[tuple[int, float]]) -> float:
     """Of log SNR: over all points if it falls, over the last two if it rises with K."""
     counts, values = (np.log(v) for v in zip(*points, strict=True))
-    rising = len(points) > 2 and points[0][0] == 16 and values[-1] > values[0]
+    rising = int(len(points) > 2 and points[0][0] == 16 and values[-1] > values[0])  # of points, to leave out
     return float(np.polyfit(counts[rising:], values[rising:], 1)[0]) if np.isfinite(values[rising:]).all() else math.nan
