@@ -166,11 +166,11 @@ def test_the_page_has_every_row_and_all_of_them_are_certified():
     text = (ROOT / "docs/estimators.md").read_text()
     theta, phi = text.split("## For phi")
     assert "FAILS" not in text and "NOT CAUGHT" not in text
-    for part, table, side in ((theta, THETA, "theta"), (phi, PHI, "phi")):
+    for part, known, side in ((theta, THETA, "theta"), (phi, PHI, "phi")):
         rows = {m[1]: m[0] for m in re.finditer(r"^\| `([\w-]+)`.*certified \|$", part, re.M)}
-        assert list(rows) == list(table)
+        assert list(rows) == list(known)
         for name, row in rows.items():
-            expected = c.needs(side, name, options_of(table[name]))
+            expected = c.needs(side, name, options_of(known[name]))
             assert row.split(" | ")[2] == (", ".join(expected)), name
     assert text.count("| caught |") == len(BROKEN)
 

@@ -111,6 +111,7 @@ def scored(sums: Tensor, n: int) -> Z:
     mean = sums[0] / n
     variance = (sums[1] - n * mean.square()) / (n - 1)
     z = mean.abs() / (variance / n).sqrt()
+    z = z.masked_fill((mean == 0) & (variance == 0), 0.0)  # the same draw for draw
     return Z(z[0].max().item(), z[1].max().item(), (mean[2].abs() / variance[2].sqrt()).min().item())
 
 
