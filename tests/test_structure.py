@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "curves": {"figures"},
     "callbacks": {
         "module",
+        "annealing",
         "models",
         "evaluation",
         "diagnostics",
@@ -87,7 +88,7 @@ OUTSIDE = {
     "class_paths": set(),
     "module": {"torch", "lightning"},
     "loading": {"torch", "numpy", "yaml", "jsonargparse", "lightning"},
-    "callbacks": {"torch", "lightning", "matplotlib"},
+    "callbacks": {"torch", "lightning", "matplotlib", "tqdm"},
     "report": {"numpy", "scipy", "yaml", "jinja2", "markupsafe", "PIL"},
 }
 ANYTHING = {"cli", "sweep"}  # the edge of the package
