@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "module",
         "routing",
         "sides",
+        "annealing",
         "models",
         "evaluation",
         "diagnostics",
@@ -97,7 +98,7 @@ OUTSIDE = {
     "class_paths": set(),
     "module": {"torch", "lightning"},
     "loading": {"torch", "numpy", "yaml", "jsonargparse", "lightning"},
-    "callbacks": {"torch", "lightning", "matplotlib"},
+    "callbacks": {"torch", "lightning", "matplotlib", "tqdm"},
     "report": {"numpy", "scipy", "yaml", "jinja2", "markupsafe", "PIL"},
 }
 ANYTHING = {"cli", "sweep"}  # the edge of the package
