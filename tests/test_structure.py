@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data": {"randomness"},
     "parallel": set(),
     "laboratory": {"parallel", "routing", "diagnostics", "models", "randomness", "sides"},
-    "claims": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
+    "claims": {"bounds", "routing", "estimators", "laboratory", "models", "parallel", "randomness", "sides", "weights"},
     "module": {
         "routing",
         "sides",
