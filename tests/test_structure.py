@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "parallel": set(),
     "laboratory": {"parallel", "routing", "diagnostics", "models", "randomness", "sides"},
     "certification": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
-    "claims": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
+    "claims": {"bounds", "routing", "estimators", "laboratory", "models", "parallel", "randomness", "sides", "weights"},
     "module": {
         "routing",
         "sides",

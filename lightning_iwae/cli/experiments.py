@@ -283,7 +283,8 @@ def claims(words: Sequence[str]) -> None:
     phi = sides("iwae,dreg,stl,vimco,wake", PHI, "phi")
     given.out.mkdir(parents=True, exist_ok=True)
     rows = measured(model, x, (phi, [Side("iwae")]), points, given, seed)
-    bench = post.Bench(model, x, {(r.side, r.estimator, r.M, r.K): r for r in rows}, seed, given.draws / 300)
+    by_setting = {(r.side, r.estimator, r.M, r.K): r for r in rows}
+    bench = post.Bench(model, x, by_setting, seed, given.draws / 300, given.workers or torch.get_num_threads())
     found = []
     for claim, finding in post.check(post.CLAIMS, bench):
         verdict = "holds" if finding.holds else "FAILS"
