@@ -21,7 +21,7 @@ from lightning_iwae.models.posteriors import FullCovariance
 S, B, X = 6, 4, 64
 LIKELIHOODS = ("bernoulli", "gaussian", "discretised-logistic")
 POSTERIORS = ("diagonal", "full", "flow")
-PRIORS = ("standard", "mixture", "vamp")
+PRIORS = ("standard", "normal", "mixture", "vamp")
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def small(kind, **settings):
     """A network of 64 pixels."""
     return {
         "mlp": lambda: MLP(X, 3, [8], components=4, **settings),
-        "conv": lambda: Convolutional(8, 3, [3, 5], components=4, **settings),
+        "conv": lambda: Convolutional(X, 3, [3, 5], components=4, **settings),
         "two": lambda: TwoLayer(X, [4, 3], [[8], [6]], **settings),
         "discrete": lambda: Discrete(X, 5, [8], **settings),
     }[kind]()
@@ -314,9 +314,9 @@ def test_gdreg_s_expectation_on_two_layers_is_plain_iwae_s():
     (lambda: MLP(X, 3, [4], posterior="flow", prior="vamp"), "network.prior must not be vamp with"),
     (lambda: MLP(X, 3, [4], likelihood="poisson"), "network.likelihood must be one of bernoulli, gaussian"),
     (lambda: MLP(X, 3, [4], posterior="cauchy"), "network.posterior must be one of diagonal, full, flow"),
-    (lambda: MLP(X, 3, [4], prior="flat"), "network.prior must be one of standard, mixture, vamp"),
+    (lambda: MLP(X, 3, [4], prior="flat"), "network.prior must be one of standard, normal, mixture, vamp"),
     (lambda: MLP(X, 3, [4], prior="mixture", components=0), "network.components must be at least 1. Got 0"),
-    (lambda: Convolutional(10, 3), "network.side must be a multiple of 4"),
+    (lambda: Convolutional(100, 3), "network.pixels must be the square of a multiple of 4. Got 100"),
     (lambda: TwoLayer(X, [4]), "network.latents and network.hidden must have 2 parts"),
     (lambda: Discrete(X, 0), "network.latent must be at least 1. Got 0"),
 ])  # fmt: skip
@@ -337,7 +337,7 @@ RUNS = {
             "--model.network.init_args.hidden", "[[8], [8]]", "--model.theta.estimator", "gdreg"],
     "discrete": ["Discrete", "--model.network.init_args.pixels", "64", "--model.network.init_args.latent", "5",
                  "--model.phi.estimator", "vimco"],
-    "conv": ["Convolutional", "--model.network.init_args.side", "8", "--model.network.init_args.latent", "2",
+    "conv": ["Convolutional", "--model.network.init_args.pixels", "64", "--model.network.init_args.latent", "2",
              "--model.network.init_args.channels", "[3, 4]"],
     "flow": ["MLP", "--model.network.init_args.pixels", "64", "--model.network.init_args.posterior", "flow",
              "--model.network.init_args.prior", "mixture"],

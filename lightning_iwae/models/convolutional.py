@@ -1,5 +1,6 @@
 """A small convolutional network for square images."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ class Convolutional(nn.Module):
     """Two strided convolutions and a linear layer each way, ReLU between; no normalisation over the batch.
 
     Args:
-        side: of the images, a multiple of 4; x is (B, side^2), row by row.
+        pixels: X, the length of a datum: a square image row by row, its side a multiple of 4.
         latent: Z, the length of z.
         channels: of the outer and of the inner convolution.
         likelihood: p(x | z), see `likelihoods`.
@@ -25,7 +26,7 @@ class Convolutional(nn.Module):
 
     def __init__(
         self,
-        side: int = 28,
+        pixels: int = 784,
         latent: int = 50,
         channels: Sequence[int] = (32, 64),
         likelihood: likelihoods.Name = "bernoulli",
@@ -34,9 +35,12 @@ class Convolutional(nn.Module):
         components: int = 10,
     ) -> None:
         super().__init__()
-        check_widths(side=side, latent=latent, channels=channels)
-        if side % 4 or len(channels) != 2:
-            raise ValueError(f"network.side must be a multiple of 4, with 2 channels. Got {side} and {channels}.")
+        check_widths(pixels=pixels, latent=latent, channels=channels)
+        side = math.isqrt(pixels)
+        if side**2 != pixels or side % 4:
+            raise ValueError(f"network.pixels must be the square of a multiple of 4. Got {pixels}.")
+        if len(channels) != 2:
+            raise ValueError(f"network.channels must be 2 numbers. Got {', '.join(map(str, channels))}.")
         if prior == "vamp" and posterior == "flow":
             raise ValueError("network.prior must not be vamp with network.posterior flow, of which it can mix none.")
         outer, inner = channels
@@ -58,11 +62,11 @@ class Convolutional(nn.Module):
             nn.ReLU(),
             nn.ConvTranspose2d(outer, 1, 4, 2, 1, bias=False),
             nn.Flatten(),
-            Bias(side**2),
+            Bias(pixels),
         )
         attach(self, self.inference, "posterior", head)
-        attach(self, self.generative, "likelihood", output := likelihoods.make(likelihood, side**2))
-        attach(self, self.generative, "prior", prior_of_z := priors.make(prior, latent, side**2, components))
+        attach(self, self.generative, "likelihood", output := likelihoods.make(likelihood, pixels))
+        attach(self, self.generative, "prior", prior_of_z := priors.make(prior, latent, pixels, components))
         self.parts = head, output, prior_of_z  # not registered a second time, in a tuple
 
     def prior(self) -> Distribution:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 from torch.func import functional_call
 
-Name = Literal["standard", "mixture", "vamp"]
+Name = Literal["standard", "normal", "mixture", "vamp"]
 
 
 def make(name: Name, latent: int, pixels: int, components: int) -> nn.Module:
@@ -17,8 +17,8 @@ def make(name: Name, latent: int, pixels: int, components: int) -> nn.Module:
         raise ValueError(f"network.prior must be one of {', '.join(get_args(Name))}. Got {name}.")
     if components < 1:
         raise ValueError(f"network.components must be at least 1. Got {components}.")
-    if name == "standard":
-        return Standard(latent)
+    if name in ("standard", "normal"):
+        return Standard(latent) if name == "standard" else LearntNormal(latent)
     return Mixture(latent, components) if name == "mixture" else Vamp(pixels, components)
 
 
@@ -34,6 +34,19 @@ class Standard(nn.Module):
     def forward(self, encoder: Any = None) -> Distribution:
         """The prior."""
         return Independent(Normal(self.origin, torch.ones_like(self.origin), validate_args=False), 1)
+
+
+class LearntNormal(nn.Module):
+    """N(m, diag s^2), both learnt: the simplest prior for GDReG (Bauer & Mnih, arXiv 2101.11046). Starts at N(0, I)."""
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(latent))
+        self.log_scale = nn.Parameter(torch.zeros(latent))
+
+    def forward(self, encoder: Any = None) -> Distribution:
+        """The prior."""
+        return Independent(Normal(self.mean, self.log_scale.exp(), validate_args=False), 1)
 
 
 class Mixture(nn.Module):
