@@ -11,7 +11,7 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor
 
-from .weights import log_mean_exp, normalised
+from .weights import log_mean_exp, normalised, relative
 
 Partition = int | Sequence[float]
 
@@ -44,8 +44,8 @@ def points(partition: Partition, name: str = "partition") -> list[float]:
         if partition < 1:
             raise ValueError(f"{name} must have at least 1 interval. Got {partition}.")
         return [i / partition for i in range(partition + 1)]
-    b = list(partition)
-    if len(b) < 2 or b[0] != 0.0 or b[-1] != 1.0 or any(later <= earlier for earlier, later in pairwise(b)):
+    b = list(partition) if isinstance(partition, Sequence) else []
+    if len(b) < 2 or b[0] != 0.0 or b[-1] != 1.0 or not all(earlier < later for earlier, later in pairwise(b)):
         raise ValueError(f"{name} must be a number of intervals, or points that grow from 0 to 1. Got {partition}.")
     return b
 
@@ -114,7 +114,7 @@ def jvi(log_w: Tensor, *, order: int = 1) -> Tensor:
     """Jackknife of L_K, whose bias is O(K^-(order + 1)); averaged over M. No bound (Nowozin, ICLR 2018).
 
     sum_j c_j mean over the subsets of K - j particles of L_(K-j), with c_j = (-1)^j (K-j)^m / ((m-j)! j!), m = order.
-    Takes C(K, m) logarithms. Order 0 is the IWAE.
+    Takes C(K, m) logarithms. Order 0 is the IWAE. Not finite where some of these subsets have no weight.
 
     Raises:
         ValueError: unless 0 <= order < K.
@@ -123,7 +123,8 @@ def jvi(log_w: Tensor, *, order: int = 1) -> Tensor:
     K = log_w.shape[1]
     if not 0 <= order < K:
         raise ValueError(f"order must be at least 0 and below the number of particles, {K}. Got {order}.")
-    value = torch.zeros_like(log_w[0, 0])
+    value = log_w.amax(1).mean(0)  # the coefficients sum to 1
+    log_w = relative(log_w)
     for j in range(order + 1):
         coefficient = (-1) ** j * (K - j) ** order / (math.factorial(order - j) * math.factorial(j))
         subsets = [miwae(log_w[:, list(kept)]) for kept in combinations(range(K), K - j)]
@@ -138,7 +139,7 @@ def sumo(log_w: Tensor) -> Tensor:
     """Unbiased estimate of log p(x), averaged over M (Luo et al., arXiv 2004.00353): a Russian roulette of L_k.
 
     L_1 + sum_(k=1)^N (L_(k+1) - L_k) / P(N >= k), of nested sets of the K = N + 1 particles of a group, in their order.
-    Unbiased if K was drawn by `sumo_particles`; its variance may be infinite.
+    Unbiased if K was drawn by `sumo_particles`; its variance may be infinite. As P(N >= 1) = 1, L_1 cancels.
 
     Raises:
         ValueError: for K < 2, as N is at least 1.
@@ -148,9 +149,10 @@ def sumo(log_w: Tensor) -> Tensor:
     if K < 2:
         raise ValueError(f"sumo needs at least 2 particles. Got {K}.")
     k = torch.arange(1, K + 1, device=log_w.device, dtype=log_w.dtype)
-    nested = log_w.logcumsumexp(1) - k.log()[:, None]
-    survival = torch.where(k <= SUMO_KNEE, 1 / k, SUMO_DECAY ** (k - SUMO_KNEE) / SUMO_KNEE)[:-1]
-    return (nested[:, 0] + (nested.diff(dim=1) / survival[:, None]).sum(1)).mean(0)
+    nested = (log_w.logcumsumexp(1) - k.log()[:, None])[:, 1:]
+    survival = torch.where(k <= SUMO_KNEE, 1 / k, SUMO_DECAY ** (k - SUMO_KNEE) / SUMO_KNEE)[1:-1]
+    steps = (nested.diff(dim=1) / survival[:, None]).sum(1)
+    return (nested[:, 0] + steps.masked_fill(nested[:, 0] == -math.inf, 0.0)).mean(0)
 
 
 def sumo_particles(u: float) -> int:

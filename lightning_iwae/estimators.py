@@ -11,7 +11,7 @@ w~ are the weights normalised within each group, so that "iwae" on (M, K) is the
 g = (d log w / dz)(dz / d phi), h = grad_phi log q. Those with c = 0 need no reparameterised q, and fit discrete z.
 Where weights of zero leave an estimator no finite value, as when a group's are all zero, the weight is 0.
 
-To add one: write the function, add its row to THETA or PHI, add its row to `tests/test_estimators.py`.
+To add one: write the function, add its row to THETA or PHI, its twin to `tests/test_estimators_rows.py`.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bounds import Partition, check_alpha, check_beta, check_log_w, points
 from .mistakes import did_you_mean, nearest
-from .weights import check_others, log_mean_exp, log_sum_others, normalised
+from .weights import check_others, log_mean_exp, log_sum_others, mean_others, normalised, relative
 
 Phi = tuple[Tensor, Tensor]
 ThetaEstimator = Callable[..., Tensor]
@@ -207,9 +207,8 @@ def rloo(log_w: Tensor) -> Phi:
     Leave-one-out baselines (Kool et al., 2019); per draw the gradient of -1/2 Var(log w) over the samples (VarGrad,
     Richter et al., arXiv 2010.10436).
     """
-    check_others(log_w)
     f = relative(log_w)
-    return score_only((f - f.mean(1, keepdim=True)) / (f.shape[1] - 1))
+    return score_only((f - mean_others(f)) / f.shape[1])
 
 
 def vimco(log_w: Tensor) -> Phi:
@@ -217,7 +216,7 @@ def vimco(log_w: Tensor) -> Phi:
 
     Mnih & Rezende, arXiv 1602.06725. L^_-k does not depend on z_k. Requires K >= 2.
     """
-    return _vimco(log_w, lambda log_w, rest: (log_w.sum(1, keepdim=True) - log_w) / (log_w.shape[1] - 1))
+    return _vimco(log_w, lambda log_w, rest: mean_others(log_w))
 
 
 def vimco_arithmetic(log_w: Tensor) -> Phi:
@@ -282,20 +281,14 @@ def _thermodynamic(log_w: Tensor, partition: Partition) -> Phi:
     check_others(log_w)
     M, K, _ = log_w.shape
     log_w = relative(log_w)
-    f = log_w.masked_fill(log_w == -math.inf, 0.0)
-    a, s = torch.zeros_like(f), torch.zeros_like(f)
+    a, s = torch.zeros_like(log_w), torch.zeros_like(log_w)
     for b, following in pairwise(points(partition)):
-        w = normalised(b * log_w) if b else torch.full_like(f, 1.0 / K)
-        covariance = K / (K - 1) * w * (f - (w * f).sum(1, keepdim=True))
+        w = normalised(b * log_w) if b else torch.full_like(log_w, 1.0 / K)
+        f = log_w.masked_fill(w == 0, 0.0)
+        covariance = (K / (K - 1) * w * (f - (w * f).sum(1, keepdim=True))).nan_to_num(0.0, 0.0, 0.0)
         a += (following - b) / M * (w + b * covariance)
         s += (following - b) / M * ((1.0 - b) * covariance - w)
     return a, s
-
-
-def relative(log_w: Tensor) -> Tensor:
-    """log w less the group's largest; zeros for a group whose weights are all zero."""
-    largest = log_w.amax(1, keepdim=True)
-    return (log_w - largest).masked_fill(largest == -math.inf, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ learnt priors

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .diagnostics import LEAST_PARTICLES, Tail, active_units
+from .models.base import draw_posterior
 
 Keyed = dict[str, Tensor]
 
@@ -18,13 +19,15 @@ class Streamed(NamedTuple):
     log_px: Tensor  # log (1/K) sum w: a lower bound of log p(x) in expectation, by about Var[w] / (2 K p(x)^2)
     elbo: Tensor  # mean of log w
     ess: Tensor  # (sum w)^2 / sum w^2, divided by K
+    rate: Tensor  # mean of log q(z|x) - log p(z): estimates KL(q(z|x) || p(z)), Alemi et al.'s R (arXiv 1711.00464)
+    distortion: Tensor  # mean of -log p(x|z), their D; elbo = -(rate + distortion) of these very samples
 
 
 @torch.no_grad()
 def importance_sample(
     model: Any, x: Tensor, particles: int, chunk: int | None = None, watch: Callable[[Tensor], None] | None = None
 ) -> Streamed:
-    """Estimate log p(x), the ELBO and the ESS from exactly `particles` draws of z ~ q(z | x) per datum.
+    """Estimate log p(x), the ELBO, its two parts and the ESS from exactly `particles` draws of z ~ q(z | x) per datum.
 
     The encoder runs once. Samples are drawn, weighed and forgotten `chunk` at a time, so that memory does not grow
     with `particles`; the result does not depend on `chunk` but for the random numbers' order.
@@ -45,41 +48,49 @@ def importance_sample(
     if not len(x):  # a process's share of a short batch; torch.distributions can't sum over nothing
         if watch is not None:
             watch(x.new_zeros(particles, 0))
-        return Streamed(*x.new_zeros(3, 0, dtype=torch.float64))
+        return Streamed(*x.new_zeros(5, 0, dtype=torch.float64))
     q, prior = model.posterior(x), model.prior()
-    total = torch.zeros(len(x), device=x.device, dtype=torch.float64)
-    log_sum = total - math.inf
-    log_sum_squares = total - math.inf
+    rate = torch.zeros(len(x), device=x.device, dtype=torch.float64)
+    distortion = rate.clone()
+    log_sum = rate - math.inf
+    log_sum_squares = rate - math.inf
     for start in range(0, particles, chunk):
-        z = q.rsample((min(chunk, particles - start),))
-        log_w = (prior.log_prob(z) + model.likelihood(z).log_prob(x) - q.log_prob(z)).double()
+        z, _ = draw_posterior(q, min(chunk, particles - start))
+        information = q.log_prob(z).double() - prior.log_prob(z)
+        log_likelihood = model.likelihood(z).log_prob(x).double()
+        log_w = log_likelihood - information
         if watch is not None:
             watch(log_w)
-        total += log_w.sum(0)
+        rate += information.sum(0)
+        distortion -= log_likelihood.sum(0)
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
         log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_w).logsumexp(0))
     ess = torch.exp(2 * log_sum - log_sum_squares) / particles
     ess = ess.masked_fill(log_sum == -math.inf, 1.0)  # weights all 0 are alike, as in weights.ess
-    return Streamed(log_sum - math.log(particles), total / particles, ess)
+    rate, distortion = rate / particles, distortion / particles
+    return Streamed(log_sum - math.log(particles), -(rate + distortion), ess, rate, distortion)
 
 
 def evaluate(model: Any, x: Tensor, particles: int, k_hat: bool = False) -> Keyed:
-    """The figures of one batch per datum, each (B,): log_px, elbo, iwae_64, both KLs (nats) and ess (fraction of K).
+    """The figures of one batch per datum, each (B,), in nats but for ess, a fraction of K.
 
     `kl_q_posterior` = log_px - elbo estimates KL(q(z|x) || p(z|x)). `kl_is_64` = log_px - iwae_64 is the same for the
-    64-particle extended distributions: Rainforth et al.'s "KL(Q||P)" (arXiv 1802.04537, table 1). `k_hat`, if asked
-    for, says whether log_px can be relied on: see `diagnostics.Tail`.
+    64-particle extended distributions: Rainforth et al.'s "KL(Q||P)" (arXiv 1802.04537, table 1). `rate` and
+    `distortion` are elbo's two parts, see `Streamed`. `k_hat`, if asked for, says whether log_px can be relied on: see
+    `diagnostics.Tail`.
     """
     tail = Tail(particles) if k_hat else None
     at_64 = importance_sample(model, x, 64).log_px
-    log_px, elbo, ess = importance_sample(model, x, particles, watch=tail.add if tail else None)
+    found = importance_sample(model, x, particles, watch=tail.add if tail else None)
     figures = {
         "iwae_64": at_64,
-        "log_px": log_px,
-        "elbo": elbo,
-        "kl_q_posterior": log_px - elbo,
-        "kl_is_64": log_px - at_64,
-        "ess": ess,
+        "log_px": found.log_px,
+        "elbo": found.elbo,
+        "kl_q_posterior": found.log_px - found.elbo,
+        "kl_is_64": found.log_px - at_64,
+        "ess": found.ess,
+        "rate": found.rate,
+        "distortion": found.distortion,
     }
     return figures | {"k_hat": tail.k_hat()} if tail else figures
 
@@ -135,6 +146,22 @@ def moment(q: Any, name: Literal["mean", "stddev"]) -> Tensor | None:
         return None
 
 
+@torch.no_grad()
+def mean_variances(model: Any, x: Tensor, samples: int = 100) -> Tensor:
+    """Var_x(E_q[z_u | x]) of each latent number over x (N, ...), (Z,): what `diagnostics.active_units` goes by.
+
+    Where q knows no mean (a flow, a hierarchy) it is that of draws, whose own variance over `samples` is taken off
+    again: unbiased. (Burda et al.'s code takes one pass of samples through a hierarchy's lower layer and leaves their
+    variance in.)
+    """
+    q = model.posterior(x)
+    mean = moment(q, "mean")
+    if mean is not None:
+        return mean.double().flatten(1).var(0)
+    z = draw_posterior(q, samples)[0].double().flatten(2)
+    return z.mean(0).var(0) - z.var(0).mean(0) / samples
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures of `Totals.result` as text."""
     labels = {
@@ -144,9 +171,27 @@ def table(result: dict[str, Any]) -> str:
         "kl_q_posterior": "KL(q || posterior) = log p(x) - ELBO (nats)",
         "kl_is_64": "KL of 64 particles = log p(x) - L_64 (nats)",
         "ess": f"ESS / {result['particles']}",
+        "rate": "rate R = KL(q || prior) (nats)",
+        "distortion": "distortion D = -log p(x|z) (nats)",
         "k_hat_above_0.7": "Pareto k-hat > 0.7: log p(x) is unreliable",
+        "log_px_ais": "log p(x) by AIS (nats)",
+        "ais_minus_is": "AIS - importance sampling, same data (nats)",
+        "ais_acceptance": "AIS: acceptance of HMC moves",
+        "ais_ess": "AIS: ESS / chains",
+        "bdmc_lower": "BDMC: log p(x) from below (nats)",
+        "bdmc_upper": "BDMC: log p(x) from above (nats)",
+        "bdmc_gap": "BDMC: gap (nats)",
+        "bdmc_acceptance": "BDMC: acceptance of HMC moves",
     }
     rows = [f"{labels[k]:<46}{result[k]['mean']:>12.4f} +- {result[k]['se']:.4f}" for k in labels if k in result]
     if "active_units" in result:
         rows.append(f"{'active units (posterior mean varies by > 0.01)':<46}{result['active_units']:>7}")
+    if "active_units_train" in result:
+        rows.append(f"{'active units of the first 500 training data':<46}{result['active_units_train']:>7}")
+    for name, data in (("ais", "test data"), ("bdmc", "simulated data")):
+        if name in result:
+            rows.append(
+                "{0}: {data} {1}, {chains} chains from the {start}, {temperatures} temperatures, {leapfrog} leapfrog "
+                "steps: {decoder_passes} decoder passes a datum".format(name.upper(), data, **result[name])
+            )
     return "\n".join(rows)

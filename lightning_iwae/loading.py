@@ -94,9 +94,10 @@ class Run:
         return self.evaluate(x, particles, y, seed)["log_px"]
 
     def evaluate(self, x: Array, particles: int = 5000, y: Array | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Of each datum, (N,): log_px, elbo, iwae_64, kl_q_posterior, kl_is_64 (nats), ess (fraction) and k_hat.
+        """Of each datum, (N,): log_px, elbo, rate, distortion, iwae_64, both KLs (nats), ess (fraction) and k_hat.
 
-        As `evaluation.evaluate`; memory grows neither with N nor with particles. k_hat is left out below 25 particles.
+        As `evaluation.evaluate` names them; memory grows neither with N nor with particles. k_hat is left out below 25
+        particles.
         """
 
         def figures(model: Any, part: Tensor) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from torch.distributions import Distribution
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from . import __version__, bounds, routing
-from .diagnostics import LEAST_PARTICLES
-from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment
+from .diagnostics import LEAST_PARTICLES, active_units
+from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, mean_variances, moment
 from .models import Batch, check_model, data_shape, given, split, takes_labels
-from .randomness import seed_for
+from .randomness import forked, seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
 from .sides import Side
 from .weights import ess
@@ -269,15 +269,16 @@ class IWModule(LightningModule):
         return f"Step {self.global_step}: the bound is not finite, by {'; '.join(bad) or 'its weights'}."
 
     # -------------------------------------------------------------------------------------------- evaluation
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor] | None:
         """In a fit val/elbo and val/iwae_64, over the whole validation set; in `validate` what `test` gives."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             return self.test_step(batch, batch_idx)
         self._seed_evaluation("validation", batch_idx)
         x, y = split(batch)
-        at_64, elbo, _ = importance_sample(given(self.network, y), x, 64)
-        sums = torch.stack([torch.ones_like(elbo), elbo, at_64]).sum(1)
+        found = importance_sample(given(self.network, y), x, 64)
+        sums = torch.stack([torch.ones_like(found.elbo), found.elbo, found.log_px]).sum(1)
         self._sums = self._sums + sums if batch_idx else sums
+        return None
 
     def on_validation_epoch_end(self) -> None:
         """Means over data. (Lightning's own, with sync_dist, rounds the number of data per process down.)"""
@@ -286,22 +287,35 @@ class IWModule(LightningModule):
         n, elbo, at_64 = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         self.log_dict({"val/elbo": elbo / n, "val/iwae_64": at_64 / n}, sync_dist=True)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """All figures of one batch, per datum."""
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """All figures of one batch, per datum: given to callbacks too."""
         self._seed_evaluation("test", batch_idx)
         if batch_idx == 0:
             self._totals = Totals()
         x, y = split(batch)
         model = given(self.network, y)
-        self._totals.add(evaluate_for_means(model, x, self.test_particles), moment(model.posterior(x), "mean"))
+        figures = evaluate_for_means(model, x, self.test_particles)
+        self._totals.add(figures, moment(model.posterior(x), "mean"))
+        return figures
 
     def on_test_epoch_end(self) -> None:
         """Means and standard errors: logged as test/* (val/*), kept in `result`, printed by the command line."""
         result = self._totals.result(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        result |= self._active_units_train()
         stage = "test" if self.trainer.testing else "val"
         means = {f"{stage}/{k}": v["mean"] if isinstance(v, dict) else float(v) for k, v in result.items()}
         self.log_dict(means, sync_dist=True)
         self.result = result | self.about()
+
+    def _active_units_train(self) -> dict[str, int]:
+        """Burda et al.'s figure, where the data have a `probe`: over the first 500 training data."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "probe") or not isinstance(data.train, Tensor):
+            return {}
+        probe = self.trainer.precision_plugin.convert_input(data.probe(min(500, len(data.train))))
+        x, y = split(self.trainer.strategy.batch_to_device(probe))
+        with forked(seed_for(self.seed, "active units"), self.device):
+            return {"active_units_train": active_units(mean_variances(given(self.network, y), x))}
 
     def about(self) -> dict[str, Any]:
         """What figures depend on beside the weights."""

@@ -39,6 +39,10 @@ class Side:
     gamma: float | None = None
     partition: int | tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.partition, list):  # a side is hashable
+            object.__setattr__(self, "partition", tuple(self.partition))
+
     def __str__(self) -> str:
         options = "".join(f", {name} {value}" for name, value in self.options.items())
         return f"{self.estimator} ({self.particles} particle{'s' * (self.particles > 1)}{options})"

@@ -4,6 +4,7 @@ Everything here is a pure function of log-weights in nats, exact for values of +
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,10 +42,34 @@ def log_sum_others(log_w: Tensor, dim: int = 1) -> Tensor:
         ValueError: for a single particle, which has no others.
     """
     check_others(log_w, dim)
-    none = torch.full_like(log_w.narrow(dim, 0, 1), -math.inf)
-    before = torch.cat([none, log_w.logcumsumexp(dim).narrow(dim, 0, log_w.shape[dim] - 1)], dim)
-    after = torch.cat([none, log_w.flip(dim).logcumsumexp(dim).narrow(dim, 0, log_w.shape[dim] - 1)], dim).flip(dim)
-    return torch.logaddexp(before, after)
+    return torch.logaddexp(*_either_side(log_w, torch.logcumsumexp, -math.inf, dim))
+
+
+def mean_others(values: Tensor, dim: int = 1) -> Tensor:
+    """Mean of values_l over l != k, for each k along `dim`; same shape. Finite wherever the others are.
+
+    Raises:
+        ValueError: for a single particle, which has no others.
+    """
+    check_others(values, dim)
+    before, after = _either_side(values, torch.cumsum, 0.0, dim)
+    return (before + after) / (values.shape[dim] - 1)
+
+
+def _either_side(
+    values: Tensor, accumulate: Callable[[Tensor, int], Tensor], nothing: float, dim: int
+) -> tuple[Tensor, Tensor]:
+    """What accumulates of the values before each k, and of those after it."""
+    none, others = torch.full_like(values.narrow(dim, 0, 1), nothing), values.shape[dim] - 1
+    before = torch.cat([none, accumulate(values, dim).narrow(dim, 0, others)], dim)
+    after = torch.cat([none, accumulate(values.flip(dim), dim).narrow(dim, 0, others)], dim).flip(dim)
+    return before, after
+
+
+def relative(log_w: Tensor) -> Tensor:
+    """log w (M, K, B) less the group's largest; zeros for a group whose weights are all zero."""
+    largest = log_w.amax(1, keepdim=True)
+    return (log_w - largest).masked_fill(largest == -math.inf, 0.0)
 
 
 def check_others(log_w: Tensor, dim: int = 1) -> None:

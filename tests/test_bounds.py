@@ -18,7 +18,7 @@ def random_log_w(*shape, scale=3.0, seed=0):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 90
 
 
-def numpy_bound(name, log_w, beta=None):
+def numpy_bound(name, log_w, beta=None, alpha=None, partition=None):
     """A loop over data and groups, one logarithm at a time."""
     values = []
     for b in range(log_w.shape[2]):
@@ -30,10 +30,24 @@ def numpy_bound(name, log_w, beta=None):
         values.append({"elbo": elbo, "iwae": pooled, "miwae": miwae}.get(name))
         if name == "ciwae":
             values[-1] = beta * elbo + (1 - beta) * miwae
+        if name == "vr_iwae":
+            tilted = [scipy.special.logsumexp((1 - alpha) * g) - np.log(g.size) for g in groups]
+            values[-1] = np.mean(tilted) / (1 - alpha)
+        if name == "tvo":
+            values[-1] = np.mean([riemann_sum(g, partition) for g in groups])
     return np.array(values)
 
 
+def riemann_sum(log_w, partition):
+    """sum (b' - b) E_b[log w], its weights w^b from SciPy."""
+    ends = np.linspace(0, 1, partition + 1) if isinstance(partition, int) else np.array(partition)
+    means = [scipy.special.softmax(b * log_w) @ log_w for b in ends[:-1]]
+    return np.diff(ends) @ means
+
+
 ALL = [("elbo", {}), ("iwae", {}), ("miwae", {})] + [("ciwae", {"beta": beta}) for beta in BETAS]
+ALL += [("vr_iwae", {"alpha": alpha}) for alpha in (0.0, 0.4, 0.9)]
+ALL += [("tvo", {"partition": partition}) for partition in (1, 5, (0.0, 0.1, 0.7, 1.0))]
 every_bound = pytest.mark.parametrize(("name", "options"), ALL)
 
 
@@ -83,6 +97,39 @@ def test_the_ends_of_ciwae():
     log_w = random_log_w(M, K, B)
     assert torch.equal(bounds.ciwae(log_w, beta=0.0), bounds.miwae(log_w))
     assert torch.equal(bounds.ciwae(log_w, beta=1.0), bounds.elbo(log_w))
+
+
+def test_the_ends_of_vr_iwae():
+    log_w = random_log_w(M, K, B)
+    torch.testing.assert_close(bounds.vr_iwae(log_w, alpha=0.0), bounds.miwae(log_w), rtol=1e-15, atol=0)
+    nearly = bounds.vr_iwae(log_w, alpha=1 - 1e-6)
+    torch.testing.assert_close(nearly, bounds.elbo(log_w), rtol=1e-6, atol=0)
+    lone = random_log_w(M, 1, B)
+    torch.testing.assert_close(bounds.vr_iwae(lone, alpha=0.4), bounds.elbo(lone), rtol=1e-15, atol=0)
+
+
+def test_vr_iwae_falls_as_alpha_grows():
+    log_w = random_log_w(M, K, B)
+    for alpha, larger in pairwise((0.0, 0.2, 0.5, 0.9, 0.99)):
+        assert (bounds.vr_iwae(log_w, alpha=alpha) > bounds.vr_iwae(log_w, alpha=larger)).all()
+
+
+def test_tvo_rises_from_the_elbo_to_iwae_as_its_partition_gets_finer():
+    """d/db log (1/K) sum w^b is E_b[log w], so that the integral is L_K: and its Riemann sums end there as 1/P."""
+    log_w = random_log_w(M, K, B)
+    torch.testing.assert_close(bounds.tvo(log_w, partition=1), bounds.elbo(log_w), rtol=1e-15, atol=0)
+    gaps = []
+    for P in (1, 2, 4, 512, 1024):
+        gaps.append(bounds.miwae(log_w) - bounds.tvo(log_w, partition=P))
+    assert all((coarse > fine).all() and (fine > 0).all() for coarse, fine in pairwise(gaps))
+    torch.testing.assert_close(gaps[-2] / gaps[-1], torch.full((B,), 2.0, dtype=torch.float64), rtol=2e-3, atol=0)
+
+
+def test_a_partition_is_a_number_of_intervals_or_its_points():
+    log_w = random_log_w(M, K, B)
+    for given in ([0.0, 0.25, 0.5, 0.75, 1.0], (0, 0.25, 0.5, 0.75, 1)):
+        assert torch.equal(bounds.tvo(log_w, partition=given), bounds.tvo(log_w, partition=4))
+    assert bounds.points(4) == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -168,3 +215,24 @@ def test_a_wrong_shape_is_named(name, options, shape):
 def test_beta_outside_0_to_1_is_named(beta):
     with pytest.raises(ValueError, match=rf"beta must lie in \[0, 1\]. Got {beta}"):
         bounds.ciwae(random_log_w(M, K, B), beta=beta)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.0, 1.1, math.nan, -math.inf])
+def test_alpha_outside_0_to_1_is_named(alpha):
+    with pytest.raises(ValueError, match=rf"alpha must lie in \[0, 1\). Got {alpha}"):
+        bounds.vr_iwae(random_log_w(M, K, B), alpha=alpha)
+
+
+@pytest.mark.parametrize("intervals", [0, -3])
+def test_a_partition_without_an_interval_is_named(intervals):
+    with pytest.raises(ValueError, match=rf"partition must have at least 1 interval. Got {intervals}"):
+        bounds.tvo(random_log_w(M, K, B), partition=intervals)
+
+
+NO_PARTITIONS = [[], [0.0], [0.0, 0.5], [0.1, 1.0], [0.0, 0.5, 0.5, 1.0], [0.0, 0.7, 0.3, 1.0], [0.0, math.nan, 1.0]]
+
+
+@pytest.mark.parametrize("partition", [*NO_PARTITIONS, 2.0, "3", None])
+def test_points_that_do_not_grow_from_0_to_1_are_named(partition):
+    with pytest.raises(ValueError, match=r"partition must be a number of intervals, or points that grow .* Got "):
+        bounds.tvo(random_log_w(M, K, B), partition=partition)

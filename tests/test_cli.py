@@ -132,7 +132,8 @@ def test_test_prints_a_table_and_writes_evaluation_json(tmp_path, capsys):
     main(["test", "-c", str(run / "config.yaml"), "--ckpt_path", checkpoint, *SMALL])
     printed = capsys.readouterr().out
     result = json.loads((run / "evaluation.json").read_text())
-    for name in ("iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "k_hat_above_0.7"):
+    names = "iwae_64 log_px elbo kl_q_posterior kl_is_64 ess rate distortion k_hat_above_0.7"
+    for name in names.split():
         assert set(result[name]) == {"mean", "se"}
         assert f"{result[name]['mean']:.4f} +- {result[name]['se']:.4f}" in printed
     assert result["kl_is_64"]["mean"] == pytest.approx(result["log_px"]["mean"] - result["iwae_64"]["mean"])

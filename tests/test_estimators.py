@@ -1,7 +1,7 @@
-"""Channel weights: one contract for every row of both tables, then each row against autograd, NumPy and its identities.
+"""Channel weights: one contract for every row of both tables, names, options and sides.
 
-To add an estimator's tests: if it takes a new option, give it a value in OPTIONS; the contract then covers it. Add
-what is particular to it below.
+What each row is lies in `test_estimators_rows.py`, where a new one needs a twin. If it takes a new option, give that a
+value in OPTIONS; the contract then covers it.
 """
 
 import inspect
@@ -187,13 +187,6 @@ def test_path_only_estimators_are_powers_of_the_weights(name, power):
     c, s = phi_weights(name, log_w)
     torch.testing.assert_close(c, softmax(log_w) ** power / M, rtol=1e-13, atol=0)
     assert not s.any()
-
-
-def test_stl_is_dreg_and_dreg_of_reweighted_wake_sleep():
-    log_w = random_log_w(M, K, B)
-    w = softmax(log_w)
-    rws_dreg = (w - w**2) / M
-    torch.testing.assert_close(phi_weights("stl", log_w)[0], phi_weights("dreg", log_w)[0] + rws_dreg)
 
 
 def test_one_particle_is_the_elbo_for_every_row_that_estimates_a_bound():

@@ -1,7 +1,7 @@
 """log p(x) by importance sampling against closed forms, whatever the chunks; means and errors against NumPy's."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +9,26 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from torch.distributions import MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    SigmoidTransform,
+    TransformedDistribution,
+    kl_divergence,
+)
 
 from lightning_iwae.diagnostics import Tail, pareto_k
-from lightning_iwae.evaluation import Totals, evaluate, evaluate_for_means, importance_sample, moment, table
+from lightning_iwae.evaluation import (
+    Totals,
+    evaluate,
+    evaluate_for_means,
+    importance_sample,
+    mean_variances,
+    moment,
+    table,
+)
 from lightning_iwae.models import LinearGaussian
 from lightning_iwae.weights import ess
 
@@ -67,7 +83,7 @@ def with_huge_values():
 def test_streaming_equals_one_shot(chunk):
     model = with_huge_values()
     log_w = model.log_w.numpy()
-    log_px, elbo, fraction = importance_sample(model, torch.zeros(6, 2), 50, chunk)
+    log_px, elbo, fraction, *_ = importance_sample(model, torch.zeros(6, 2), 50, chunk)
     expected = scipy.special.logsumexp(log_w, axis=0) - math.log(50)
     np.testing.assert_allclose(log_px, expected, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(elbo, log_w.mean(0), rtol=1e-12, atol=1e-12)
@@ -102,7 +118,7 @@ def test_empty_batch():
 
 
 def test_one_particle_is_the_elbo():
-    log_px, elbo, fraction = importance_sample(script(1, 5), torch.zeros(5, 4), 1)
+    log_px, elbo, fraction, *_ = importance_sample(script(1, 5), torch.zeros(5, 4), 1)
     assert torch.equal(log_px, elbo)
     assert torch.equal(fraction, torch.ones(5, dtype=torch.float64))
 
@@ -110,7 +126,7 @@ def test_one_particle_is_the_elbo():
 @pytest.mark.parametrize("K", [1, 5])
 def test_weights_that_are_all_zero(K):
     log_w = torch.full((K, 2), -math.inf, dtype=torch.float64)
-    log_px, elbo, fraction = importance_sample(Script(log_w), torch.zeros(2, 4), K, 2)
+    log_px, elbo, fraction, *_ = importance_sample(Script(log_w), torch.zeros(2, 4), K, 2)
     assert (log_px == -math.inf).all() and (elbo == -math.inf).all()
     torch.testing.assert_close(fraction, ess(log_w, 0) / K)
 
@@ -118,14 +134,14 @@ def test_weights_that_are_all_zero(K):
 def test_a_weight_that_is_nan_is_not_hidden():
     model = script(5, 2)
     model.log_w[3, 1] = math.nan
-    for values in importance_sample(model, torch.zeros(2, 4), 5, 2):
+    for values in importance_sample(model, torch.zeros(2, 4), 5, 2)[:4]:
         assert values.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("chunk", [1, 3000])
 def test_sums_are_in_float64_whatever_the_model(chunk):
     log_w = torch.full((3000, 1), -90.3)  # float32
-    log_px, elbo, _ = importance_sample(Script(log_w), torch.zeros(1, 4), 3000, chunk)
+    log_px, elbo, *_ = importance_sample(Script(log_w), torch.zeros(1, 4), 3000, chunk)
     assert log_px.dtype == elbo.dtype == torch.float64
     one = log_w[0, 0].double().item()
     assert log_px.item() == pytest.approx(one, abs=1e-10) and elbo.item() == pytest.approx(one, abs=1e-10)
@@ -202,6 +218,47 @@ def test_elbo_is_log_px_minus_kl():
     assert abs(z_score(elbo, oracle.log_px - kl_divergence(oracle.posterior, oracle.q).item())) > 8
 
 
+def test_rate_and_distortion_are_the_two_parts_of_the_elbo():
+    torch.manual_seed(0)
+    oracle = Oracle()
+    found = importance_sample(oracle.model, oracle.batch(2_000), 100, 7)
+    torch.testing.assert_close(-(found.rate + found.distortion), found.elbo, rtol=0, atol=1e-12)
+    eye, mu = torch.eye(3, dtype=torch.float64), oracle.model.mu.detach()
+    rate = kl_divergence(oracle.q, MultivariateNormal(mu, eye)).item()
+    residual = (oracle.x - oracle.q.mean).square().sum() + 3 * oracle.model.variance  # E |x - z|^2
+    distortion = 1.5 * math.log(2 * math.pi) + residual.item() / 2
+    assert rate + distortion == pytest.approx(oracle.kl - oracle.log_px)
+    assert abs(z_score(found.rate, rate)) < 4 and abs(z_score(found.distortion, distortion)) < 4
+    other = kl_divergence(MultivariateNormal(mu, eye), oracle.q).item()  # the other way round
+    assert abs(z_score(found.rate, other)) > 8 and abs(z_score(found.distortion, distortion - 0.1)) > 8
+
+
+def test_rate_and_distortion_are_sums_of_what_the_distributions_say():
+    model = with_huge_values()
+    z = model.log_w.numpy()
+    found = importance_sample(model, torch.zeros(6, 2), 50, 7)
+    np.testing.assert_allclose(found.rate, (3 - (z + 1)).mean(0))
+    np.testing.assert_allclose(found.distortion, -2.0)
+
+
+def test_a_q_that_is_not_reparameterised_will_do():
+    class Discrete(LinearGaussian):
+        def posterior(self, x):
+            return Independent(Bernoulli(torch.full((len(x), 3), 0.25)), 1)
+
+        def prior(self):
+            return Independent(Bernoulli(torch.full((3,), 0.5)), 1)
+
+    torch.manual_seed(0)
+    model, x = Discrete(3), torch.zeros(3_000, 3)
+    z = torch.tensor(list(product((0.0, 1.0), repeat=3)))
+    log_px = scipy.stats.norm.logpdf(0, z).sum(1)
+    exact = scipy.special.logsumexp(log_px) - 3 * math.log(2)
+    found = importance_sample(model, x, 10, 4)
+    assert abs(z_score(torch.exp(found.log_px - exact), 1)) < 4
+    assert abs(z_score(found.rate, 3 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5)))) < 4
+
+
 def test_ess_tends_to_one_over_the_second_moment():
     torch.manual_seed(0)
     oracle = Oracle(dim=5)
@@ -235,7 +292,7 @@ def test_the_models_own_closed_forms():
 def test_evaluate_names_its_figures():
     model = script(64 + 100, 2)
     figures = evaluate(model, torch.zeros(2, 3), 100)
-    assert list(figures) == ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess"]
+    assert list(figures) == ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "rate", "distortion"]
     assert sum(model.drawn) == 64 + 100  # L_64 has draws of its own
     log_w = model.log_w.numpy()
     at_64, log_px = (scipy.special.logsumexp(part, axis=0) - math.log(len(part)) for part in np.split(log_w, [64]))
@@ -347,6 +404,31 @@ def test_active_units_of_a_linear_encoder():
     assert totals.result()["active_units"] == 2
 
 
+class FromDraws(LinearGaussian):
+    """Whose q says nothing of its mean."""
+
+    def posterior(self, x):
+        q = super().posterior(x)
+        return SimpleNamespace(rsample=q.rsample)
+
+
+@pytest.mark.parametrize("network", [LinearGaussian, FromDraws])
+def test_variances_of_posterior_means_of_a_linear_encoder(network):
+    torch.manual_seed(0)
+    lengths = torch.tensor([0.5, 0.08, 0.06, 0.0])
+    model = network(4)
+    with torch.no_grad():
+        model.inference.weight.copy_(torch.diag(lengths))
+    x = torch.randn(20_000, 4) * math.sqrt(2)
+    found = mean_variances(model, x, 4)
+    expected = 2 * lengths.double() ** 2  # x ~ N(0, 2 I)
+    noise = 0.0 if network is LinearGaussian else 2 / 3 / 4  # of means of 4 draws
+    se = math.sqrt(2 / 20_000) * (expected + noise + 1e-9)
+    assert found.shape == (4,) and ((found - expected).abs() < 4 * se).all()
+    if noise:
+        assert ((found + noise - expected).abs() > 8 * se).all()  # as it would be were it left in
+
+
 def test_posterior_means_of_any_shape_count_each_unit():
     _, means = random_figures(40)
     totals = Totals()
@@ -387,11 +469,11 @@ def test_no_data_is_an_error():
 def test_table_prints_every_figure():
     names = list(evaluate_for_means(LinearGaussian(2), torch.zeros(1, 2), 30))
     result = {name: {"mean": -10.5 - i, "se": 0.125 + i} for i, name in enumerate(names)}
-    text = table(result | {"active_units": 23, "particles": 4321})
+    text = table(result | {"active_units": 23, "active_units_train": 24, "particles": 4321})
     for i in range(len(names)):
         assert f"{-10.5 - i:.4f} +- {0.125 + i:.4f}" in text
-    assert "active units" in text and " 23" in text
-    assert table(result | {"particles": 4321}).splitlines() == text.splitlines()[:-1]  # without the active units
+    assert "active units" in text and " 23" in text and " 24" in text
+    assert table(result | {"particles": 4321}).splitlines() == text.splitlines()[:-2]  # without the active units
     assert text.count("4321") == 2  # log p(x) and ESS say of how many
-    assert len(text.splitlines()) == len(names) + 1
-    assert len({line.index("-1") for line in text.splitlines()[:-1]}) == 1  # in one column
+    assert len(text.splitlines()) == len(names) + 2
+    assert len({line.index("-1") for line in text.splitlines()[:-2]}) == 1  # in one column

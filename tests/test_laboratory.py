@@ -38,27 +38,29 @@ def vectors(n, means, runs, seed=0):
     return [torch.from_numpy(rng.standard_normal((n, len(means))) + means) for _ in range(runs)]
 
 
-def test_correction_finds_the_snr_of_known_gaussians():
+@pytest.mark.parametrize("strength", [1.0, 3.0])
+def test_correction_finds_the_snr_of_normal_means_near_the_floor(strength):
+    n, found, truth = 100, [], []
+    for seed in range(60):
+        means = strength / math.sqrt(n) * np.random.default_rng(100 + seed).standard_normal(400)
+        found.append(corrected_snr(vectors(n, means, 1, seed)[0], seed))
+        truth.append(np.abs(means).mean())
+    plain, corrected, _ = (np.array(v) for v in zip(*found, strict=True))
+    assert abs(z_score(corrected / truth, 1.0)) < 4.5
+    assert z_score(plain / truth, 1.0) > 10  # the biased twin
+
+
+@pytest.mark.parametrize("shape", [np.full(300, 15.0), np.linspace(10, 40, 300), np.repeat([10.0, 60.0], 150)])
+def test_correction_lets_clear_signals_be_whatever_their_shape(shape):
     n = 100
-    means = 3 / math.sqrt(n) * np.random.default_rng(1).standard_normal(400)  # most lie near the floor of n draws
-    truth = np.abs(means).mean()
-    found = [corrected_snr(draws, seed) for seed, draws in enumerate(vectors(n, means, 40))]
-    plain, corrected, _ = zip(*found, strict=True)
-    assert abs(z_score(corrected, truth)) < 4.5
-    assert z_score(plain, truth) > 10  # the biased twin
+    found = [corrected_snr(draws, seed)[1] for seed, draws in enumerate(vectors(n, shape / math.sqrt(n), 20))]
+    assert np.mean(found) == pytest.approx((shape / math.sqrt(n)).mean(), rel=0.01)
 
 
-@pytest.mark.parametrize("strength", [0.0, 1.0, 2.0])
-def test_correction_takes_off_the_first_order_and_no_more(strength):
-    """At |mean| = strength / sqrt(n): the folded normal's mean at one and at two variances is known."""
-    n, P = 400, 200
-    fold = [scipy.stats.foldnorm(strength / s, scale=s).mean() / math.sqrt(n) for s in (1, math.sqrt(2))]
-    found = [corrected_snr(d, seed) for seed, d in enumerate(vectors(n, np.full(P, strength / math.sqrt(n)), 40))]
+def test_correction_of_pure_noise_leaves_little_of_it():
+    found = [corrected_snr(draws, seed) for seed, draws in enumerate(vectors(100, np.zeros(400), 20))]
     plain, corrected, _ = zip(*found, strict=True)
-    small = 1 + 0.75 / n  # 1 / std of n normal draws
-    assert abs(z_score(plain, small * fold[0])) < 4.5
-    assert abs(z_score(corrected, small * (2 * fold[0] - fold[1]))) < 4.5
-    assert abs(z_score(corrected, fold[1])) > 8
+    assert np.mean(corrected) < 0.2 * np.mean(plain)
 
 
 def test_plain_is_numpys():
@@ -67,15 +69,21 @@ def test_plain_is_numpys():
     assert corrected_snr(draws)[0] == pytest.approx((np.abs(values.mean(0)) / values.std(0, ddof=1)).mean(), rel=1e-12)
 
 
-def test_bootstrap_equals_resampling_rows_by_hand():
+def expected_size(draws):
+    """The expected sizes of true ratios N(0, v), given ratios with noise 1/n; SciPy's folded normal."""
+    n = len(draws)
+    ratio = math.sqrt((n - 3) / (n - 1)) * draws.mean(0) / draws.std(0, ddof=1)
+    v = max((ratio**2).mean() - 1 / n, 1e-12)
+    at, scale = v / (v + 1 / n) * ratio, math.sqrt(v / n / (v + 1 / n))
+    return scipy.stats.foldnorm(np.abs(at) / scale, scale=scale).mean().mean()
+
+
+def test_correction_and_bootstrap_are_scipy_s():
     (draws,) = vectors(12, np.linspace(-1, 1, 5), 1)
     counts = np.random.default_rng(7).multinomial(12, np.full(12, 1 / 12), size=laboratory.RESAMPLES)
-    values = []
-    for row in counts:
-        sample = np.repeat(draws.numpy(), row, axis=0)
-        values.append((np.abs(sample.mean(0)) / sample.std(0, ddof=1)).mean())
-    plain, corrected, error = corrected_snr(draws, 7)
-    assert corrected == pytest.approx(2 * plain - np.mean(values), rel=1e-10)
+    values = [expected_size(np.repeat(draws.numpy(), row, axis=0)) for row in counts]
+    _, corrected, error = corrected_snr(draws, 7)
+    assert corrected == pytest.approx(expected_size(draws.numpy()), rel=1e-10)
     assert error == pytest.approx(np.std(values, ddof=1), rel=1e-10)
 
 

@@ -121,7 +121,8 @@ def test_log_px_at_the_posterior_is_exact(tmp_path):
     figures = run.evaluate(x, 30)
     np.testing.assert_allclose(figures["elbo"], exact, atol=1e-5)
     np.testing.assert_allclose(figures["ess"], 1, atol=1e-5)
-    assert list(figures) == ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "k_hat"]
+    names = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "rate", "distortion", "k_hat"]
+    assert list(figures) == names
     assert "k_hat" not in run.evaluate(x, 24)
 
 

@@ -515,7 +515,7 @@ def test_resuming_may_change_the_objective(tmp_path):
 
 # ------------------------------------------------------------------------------------- the training data's mean
 def bias(module):
-    return module.network.generative[-1].bias.detach().clone()
+    return module.network.generative.last.bias.detach().clone()
 
 
 def test_the_output_bias_starts_at_the_datas_log_odds():
@@ -554,7 +554,8 @@ class Fragile(MLP):
     fault = ""
 
     def prior(self):
-        mean = self.origin * math.nan if self.fault == "prior" else self.origin
+        origin = torch.zeros(3)
+        mean = origin * math.nan if self.fault == "prior" else origin
         return Independent(Normal(mean, 1.0, validate_args=False), 1)
 
     def posterior(self, x):
@@ -785,15 +786,17 @@ def test_test_reports_means_and_standard_errors():
             at_64, *_ = log_weights(module.network, x, 64, 7, "test", 0, i)
             q = module.network.posterior(x)  # drawn next, from the same stream
             z = q.rsample((100,))
-            log_w = module.network.prior().log_prob(z) + module.network.likelihood(z).log_prob(x) - q.log_prob(z)
-        at_64, log_w = at_64.double(), log_w.double()
+            rate = (q.log_prob(z) - module.network.prior().log_prob(z)).double()
+            distortion = -module.network.likelihood(z).log_prob(x).double()
+        at_64, log_w = at_64.double(), -(rate + distortion)
         iwae_64, log_px, elbo = at_64.logsumexp(0) - math.log(64), log_w.logsumexp(0) - math.log(100), log_w.mean(0)
         ess = 1 / (100 * torch.softmax(log_w, 0).square().sum(0))
         unreliable = (pareto_k(log_w) > 0.7).double()
-        figures.append(torch.stack([iwae_64, log_px, elbo, log_px - elbo, log_px - iwae_64, ess, unreliable]))
+        parts = [rate.mean(0), distortion.mean(0)]
+        figures.append(torch.stack([iwae_64, log_px, elbo, log_px - elbo, log_px - iwae_64, ess, *parts, unreliable]))
         means.append(q.mean)
     figures, means = torch.cat(figures, 1), torch.cat(means)
-    names = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "k_hat_above_0.7"]
+    names = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "rate", "distortion", "k_hat_above_0.7"]
     for name, values in zip(names, figures, strict=True):
         expected = {"mean": values.mean().item(), "se": values.std().item() / math.sqrt(50)}
         assert first[name] == pytest.approx(expected, rel=1e-5, abs=1e-9)
@@ -801,8 +804,11 @@ def test_test_reports_means_and_standard_errors():
     assert first["active_units"] == int((means.var(0) > 0.01).sum()) == 2
     assert trainer.callback_metrics["test/active_units"] == 2
     rest = {k: v for k, v in first.items() if k not in names}
+    with torch.no_grad():
+        of_training_data = module.network.posterior(data.probe(100)).mean.var(0)
     assert rest == {
         "active_units": 2,
+        "active_units_train": int((of_training_data > 0.01).sum()),
         "particles": 100,
         "data": "Digits",
         "binarization": "dynamic",

@@ -23,7 +23,7 @@ from lightning_iwae.sides import Side
 
 from .test_cli import ROOT, SMALL
 
-FIGURES = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "k_hat"]
+FIGURES = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "rate", "distortion", "k_hat"]
 ABOUT = {"particles", "data", "binarization", "seed", "version", "device", "checkpoint"}
 QUICK = ["--model.test_particles", "30", "--trainer.enable_progress_bar", "false"]
 

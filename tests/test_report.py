@@ -12,12 +12,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from scipy import stats
 
 from lightning_iwae.cli import main
 from lightning_iwae.report import curves, markdown, pictures, runs
+from lightning_iwae.report.checkpoints import step_of
 from lightning_iwae.report.groups import find_reference, group, objective
 from lightning_iwae.report.results import results, warnings
 from lightning_iwae.report.statistics import holm, paired, summarise, welch
@@ -229,6 +231,67 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path):
     (only,) = group(found)
     assert [run.path.name for run in only.runs] == ["b", "c"] and [run.path.name for run in only.repeats] == ["a"]
     assert any("Same settings and same seed" in w and "a (seed 0" in w for w in warnings([only], found))
+
+
+def test_annealing_by_other_settings_does_not_compare(tmp_path):
+    for name, temperatures in (("a", 500), ("b", 100)):
+        about = {"ais": {"chains": 16, "temperatures": temperatures}, "log_px_ais": {"mean": -22.0, "se": 0.1}}
+        write(tmp_path / name, len(name), about=about, steps=31)
+    write(tmp_path / "without", 2, steps=31)
+    found = [runs.read(path) for path in runs.find([tmp_path])]
+    (told,) = [w for w in warnings(group(found), found) if "annealed" in w]
+    assert told.startswith("Not comparable, by the settings of annealed importance sampling: ")
+    assert "500" in told and "100" in told and found[0].figures["log_px_ais"].mean == -22
+
+
+def best_checkpoint(run, step):
+    (run / "checkpoints").mkdir(exist_ok=True)
+    module = torch.nn.Linear(300, 300)
+    optimizer = torch.optim.Adam(module.parameters())
+    content = {"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()], "global_step": step}
+    torch.save(content | {"loops": {}, "dtype": torch.float32}, run / "checkpoints/best.ckpt")
+
+
+def test_an_evaluation_of_another_checkpoint_than_the_best_is_told(tmp_path):
+    best = {"checkpoint": "best.ckpt", "step": 300}
+    for name, about in (("fresh", best), ("gone-on", best), ("of-last", {"checkpoint": "last.ckpt", "step": 400})):
+        best_checkpoint(write(tmp_path / name, len(name), about=about, steps=31), 450 if name == "gone-on" else 300)
+    best_checkpoint(write(tmp_path / "untrained", 1, about={"checkpoint": None, "step": None}, steps=31), 300)
+    write(tmp_path / "without", 2, about=best, steps=31)
+    best_checkpoint(write(tmp_path / "of-before-steps", 3, steps=31), 300)
+    found = [runs.read(path) for path in runs.find([tmp_path])]
+    (told,) = [w for w in warnings(group(found), found) if "checkpoint" in w]
+    assert told == (
+        "Not of the best checkpoint, test again: "
+        "gone-on, whose evaluation.json is of best.ckpt at step 300 and best.ckpt of step 450; "
+        "of-last, whose evaluation.json is of last.ckpt at step 400 and best.ckpt of step 300; "
+        "untrained, whose evaluation.json is of no checkpoint and best.ckpt of step 300."
+    )
+
+
+def test_a_step_is_read_without_weights_and_without_running_anything(tmp_path, gaussian_run):
+    best_checkpoint(tmp_path, 7)
+    assert step_of(tmp_path / "checkpoints/best.ckpt") == 7
+    last = gaussian_run / "checkpoints/last.ckpt"
+    assert step_of(last) == torch.load(last, weights_only=True)["global_step"] > 0
+    hostile = tmp_path / "hostile.ckpt"
+    torch.save({"global_step": 5, "payload": Payload(tmp_path / "ran")}, hostile)
+    assert step_of(hostile) == 5 and not (tmp_path / "ran").exists()
+    for content in (b"", b"PK\x03\x04", hostile.read_bytes()[:200]):
+        hostile.write_bytes(content)
+        assert step_of(hostile) is None
+    torch.save([1, 2], hostile)
+    assert step_of(hostile) is None and step_of(tmp_path) is None and step_of(tmp_path / "none.ckpt") is None
+
+
+class Payload:
+    """Which makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 def test_reference_by_name_or_by_a_run_of_it(study, read_study):

@@ -25,11 +25,15 @@ MAY_IMPORT = {
     "sides": {"bounds", "estimators"},
     "routing": {"bounds", "sides", "weighing", "models.base", "models.labels"},
     "diagnostics": {"weights"},
-    "evaluation": {"diagnostics", "weights"},
+    "evaluation": {"diagnostics", "weights", "models.base"},
+    "hmc": set(),
+    "annealing": {"hmc", "weights", "models.base"},
+    "implicit": {"weights", "models.base"},
     "schedule": {"sides"},
     "data": {"randomness"},
     "parallel": set(),
     "laboratory": {"parallel", "routing", "diagnostics", "models", "randomness", "sides"},
+    "certification": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
     "claims": {"bounds", "routing", "estimators", "laboratory", "models", "parallel", "randomness", "sides", "weights"},
     "module": {
         "routing",
@@ -48,13 +52,14 @@ MAY_IMPORT = {
     "signals": set(),
     "resume": set(),
     "metrics_csv": {"writing"},
-    "posteriors": {"weights"},
+    "posteriors": {"models.base", "weights"},
     "figures": {"posteriors", "weights"},
     "curves": {"figures", "laboratory"},
     "callbacks": {
         "module",
         "routing",
         "sides",
+        "annealing",
         "models",
         "evaluation",
         "diagnostics",
@@ -75,6 +80,8 @@ MAY_IMPORT = {
 }
 # Beyond Python's own library. Parts not named here know torch at most.
 OUTSIDE = {
+    "certification": {"torch", "numpy"},
+    "models": {"torch", "zuko"},
     "_version": set(),
     "__init__": set(),
     "__main__": set(),
@@ -91,7 +98,7 @@ OUTSIDE = {
     "class_paths": set(),
     "module": {"torch", "lightning"},
     "loading": {"torch", "numpy", "yaml", "jsonargparse", "lightning"},
-    "callbacks": {"torch", "lightning", "matplotlib"},
+    "callbacks": {"torch", "lightning", "matplotlib", "tqdm"},
     "report": {"numpy", "scipy", "yaml", "jinja2", "markupsafe", "PIL"},
 }
 ANYTHING = {"cli", "sweep"}  # the edge of the package

@@ -1,4 +1,4 @@
-"""Normalised weights, log-mean-exp and ESS against SciPy and NumPy, at sizes where exp would overflow or vanish."""
+"""Normalised weights, log-mean-exp, ESS and leave-one-out against SciPy and NumPy, where exp overflows or vanishes."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import torch
 
-from lightning_iwae.weights import ess, log_mean_exp, normalised
+from lightning_iwae.weights import ess, log_mean_exp, log_sum_others, mean_others, normalised, relative
 
 M, K, B = 3, 5, 4
 
@@ -82,3 +82,61 @@ def test_single_precision_keeps_its_dtype_and_seven_digits():
     for function in (normalised, log_mean_exp, ess):
         assert function(single).dtype == torch.float32
         torch.testing.assert_close(function(single).double(), function(single.double()), rtol=2e-6, atol=1e-7)
+
+
+# --- the others -----------------------------------------------------------------------------------------------
+
+
+def each_without(log_w, function):
+    """`function` of the others of each particle: NumPy, one deletion at a time."""
+    x = log_w.double().numpy()
+    return np.stack([function(np.delete(x, k, axis=1)) for k in range(x.shape[1])], axis=1)
+
+
+TAKES_ALL = random_log_w(M, K, B).index_add(1, torch.tensor([2]), torch.full((M, 1, B), 300.0, dtype=torch.float64))
+OTHERS = {name: log_w for name, log_w in CASES.items() if name != "one particle"} | {
+    "one takes all": TAKES_ALL,
+    "two particles": random_log_w(M, 2, B),
+    "one weight not zero": random_log_w(M, K, B).index_fill(1, torch.tensor([0, 2, 3, 4]), -math.inf),
+}
+every_other = pytest.mark.parametrize("log_w", OTHERS.values(), ids=OTHERS.keys())
+
+
+@every_other
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+def test_log_sum_of_the_others_is_a_loop_over_deletions(log_w, dtype):
+    log_w = log_w.to(dtype)
+    found = log_sum_others(log_w)
+    exact = each_without(log_w, lambda x: scipy.special.logsumexp(x, axis=1))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.numpy(), exact, rtol=1e-13 if dtype == torch.float64 else 1e-6, atol=1e-5)
+    torch.testing.assert_close(log_sum_others(log_w.transpose(0, 1), 0).transpose(0, 1), found, rtol=0, atol=0)
+
+
+def test_the_whole_less_one_is_not_the_sum_of_the_others():
+    """What `log_sum_others` is there to avoid: where one weight outweighs the rest, a difference has no digit left."""
+    exact = each_without(TAKES_ALL, lambda x: scipy.special.logsumexp(x, axis=1))[:, 2]
+    by_difference = (TAKES_ALL.exp().sum(1) - TAKES_ALL[:, 2].exp()).log().numpy()
+    assert (np.abs(by_difference - exact) > 1).all()
+
+
+@every_other
+def test_mean_of_the_others_is_a_loop_over_deletions(log_w):
+    np.testing.assert_allclose(mean_others(log_w).numpy(), each_without(log_w, lambda x: x.mean(1)), rtol=1e-12)
+    torch.testing.assert_close(mean_others(log_w.transpose(0, 2), 1).transpose(0, 2), mean_others(log_w))
+
+
+@pytest.mark.parametrize("function", [log_sum_others, mean_others])
+def test_a_single_particle_has_no_others(function):
+    with pytest.raises(ValueError, match=r"needs at least 2 particles, as it compares .*\. Got 1"):
+        function(random_log_w(M, 1, B))
+
+
+def test_relative_weights_have_the_largest_at_0_and_are_0_where_all_are_zero():
+    log_w = random_log_w(M, K, B) + 1e4
+    log_w[1, :, 2] = -math.inf
+    log_w[0, 0, 0] = -math.inf
+    with np.errstate(invalid="ignore"):
+        expected = log_w.numpy() - log_w.numpy().max(1, keepdims=True)
+    expected[1, :, 2] = 0
+    np.testing.assert_array_equal(relative(log_w).numpy(), expected)

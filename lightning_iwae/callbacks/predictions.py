@@ -14,9 +14,9 @@ class Predictions(Callback):
     """Writes an .npz file with a row for each datum, in the data's order, of what `IWModule.predict_step` finds.
 
     `index` (N,): the datum's place in the data set. `mean`, `scale` (N, Z): of q(z | x), where it knows them; scale is
-    its standard deviation. Of each datum (N,): `log_px`, `elbo`, `iwae_64`, `kl_q_posterior`, `kl_is_64` (nats), `ess`
-    (fraction of the particles), `k_hat` (Pareto, see `diagnostics.Tail`). And about them all: `particles`, `data`,
-    `binarization`, `seed`, `version`, `device`, `checkpoint`.
+    its standard deviation. Of each datum (N,): `log_px`, `elbo`, `rate`, `distortion`, `iwae_64`, `kl_q_posterior`,
+    `kl_is_64` (nats), `ess` (fraction of the particles), `k_hat` (Pareto, see `diagnostics.Tail`). And about them all:
+    `particles`, `data`, `binarization`, `seed`, `version`, `device`, `checkpoint`.
 
     Args:
         path: of the file; by default predictions.npz in the run's directory.

@@ -194,8 +194,8 @@ class CLI(CheckedCLI):
         """Print the table of the test set and save evaluation.json."""
         if self.trainer.is_global_zero:
             path = Path(self.run_directory) / "evaluation.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.model.result | self.evaluated, indent=2) + "\n")
+            with replacing(path) as file:
+                file.write((json.dumps(self.model.result | self.evaluated, indent=2) + "\n").encode())
             print(f"\nTest set\n{table(self.model.result)}\n\nSaved as {path}", flush=True)
 
     def after_predict(self) -> None:

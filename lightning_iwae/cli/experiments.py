@@ -1,4 +1,4 @@
-"""The sub-commands `snr` and `claims`: what they are asked, what they run on, what they write and print."""
+"""The sub-commands `snr`, `claims` and `certify`: what they are asked, run on, write and print."""
 
 import argparse
 import csv
@@ -299,4 +299,33 @@ def claims(words: Sequence[str]) -> None:
         file.write((json.dumps({"claims": found, "failed": failed, "seed": seed}, indent=2) + "\n").encode())
     print(f"\n{len(found) - len(failed)} of {len(found)} claims hold. Saved as {given.out / 'claims.json'}")
     if failed:
+        sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------ certify
+def certify(words: Sequence[str]) -> None:
+    """Certify every estimator and write the page; or one of the user's own, and say what it passes."""
+    from ..certification.certificates import REPLICATES, certificates, of_own
+    from ..certification.page import page
+
+    p = Parser(prog="lightning_iwae certify", description="Check every estimator's expectation.", allow_abbrev=False)
+    p.add_argument("--out", metavar="FILE", type=Path, help="gets the page, as docs/estimators.md")
+    p.add_argument("--replicates", type=int, default=REPLICATES, help=f"of the z-scores (default: {REPLICATES:,})")
+    p.add_argument("--estimator", metavar="MODULE.FUNCTION", help="phi estimator of your own, in place of all")
+    p.add_argument("--of", metavar="NAME", default="iwae", help="row whose expectation it claims (default: iwae)")
+    given = p.parse_args(list(words))
+    if given.estimator is not None:
+        found = [of_own(given.estimator, given.of, given.replicates)]
+    else:
+        found = []
+        for certificate in certificates(given.replicates):
+            found.append(certificate)
+            print(certificate, flush=True)
+    if given.estimator is not None:
+        print(found[0])
+    if given.out is not None:
+        with replacing(given.out) as file:
+            file.write(page(found, given.replicates).encode())
+        print(f"Saved as {given.out}")
+    if any(certificate.problems for certificate in found):
         sys.exit(1)

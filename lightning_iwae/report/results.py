@@ -28,6 +28,11 @@ KINDS = {
     "kl_is_64": Kind("log p(x) \N{MINUS SIGN} L_64", "nats", -1),
     "ess": Kind("ESS", "fraction", 1),
     "active_units": Kind("active units", "count", 0),
+    "rate": Kind("rate", "nats", 0),
+    "distortion": Kind("distortion", "nats", 0),
+    "log_px_ais": Kind("log p(x) by AIS", "nats", 1),
+    "ais_minus_is": Kind("AIS \N{MINUS SIGN} log p(x), same data", "nats", 0),
+    "bdmc_gap": Kind("BDMC gap", "nats", 0),
 }
 # of evaluation.json: figures at different values of these do not compare
 ABOUT = {
@@ -36,6 +41,8 @@ ABOUT = {
     "particles": "number of test particles",
     "version": "version of lightning_iwae",
     "device": "device",
+    "ais": "settings of annealed importance sampling",
+    "bdmc": "settings of bidirectional Monte Carlo",
 }
 # of config.yaml, by the ends of keys: the same for what is logged along a run
 MEASURED = {
@@ -148,12 +155,26 @@ def warnings(groups: list[Group], runs: list[Run]) -> list[str]:
     keys = {key for run in runs for key in run.settings if key.startswith("data.") and key != "data.batch_size"}
     for key in sorted(keys):
         out.append(differing(key, [(run, canonical(run.settings.get(key))) for run in runs if run.settings]))
+    if others := [of_another_step(run) for run in runs if evaluated_elsewhere(run)]:
+        out.append(f"Not of the best checkpoint, test again: {listed(others, separator='; ')}.")
     if repeats := [f"{run.path} (seed {run.seed}, {g.name})" for g in groups for run in g.repeats]:
         out.append(f"Same settings and same seed as another run, so left out of every figure: {listed(repeats)}.")
     seeds = {tuple(sorted(run.seed for run in g.evaluated if run.seed is not None)) for g in groups if g.evaluated}
     if len(seeds) > 1:
         out.append("The groups were not run with the same seeds.")
     return [sentence for sentence in out if sentence]
+
+
+def evaluated_elsewhere(run: Run) -> bool:
+    """Whether evaluation.json is of other weights than best.ckpt holds now, by their steps."""
+    return run.best_step is not None and "step" in run.about and run.about["step"] != run.best_step
+
+
+def of_another_step(run: Run) -> str:
+    """What evaluation.json is of, and what it should be of."""
+    checkpoint, step = run.about.get("checkpoint"), run.about["step"]
+    of = f"of {checkpoint} at step {step}" if checkpoint else "of no checkpoint"
+    return f"{run.path.name}, whose evaluation.json is {of} and best.ckpt of step {run.best_step}"
 
 
 def differing(what: str, values: Iterable[tuple[Run, str]]) -> str:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 import yaml
 
+from .checkpoints import step_of
+
 FILES = ("config.yaml", "metrics.csv", "evaluation.json")
 FIGURES = ("iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "active_units")
 CURVES = (
@@ -54,7 +56,8 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)  # dotted key -> value, seeds and places apart
     seed: int | None = None
     figures: dict[str, Estimate] = field(default_factory=dict)  # of evaluation.json
-    about: dict[str, Any] = field(default_factory=dict)  # data, binarization, particles, version, device
+    about: dict[str, Any] = field(default_factory=dict)  # data, binarization, particles, version, device, step
+    best_step: int | None = None  # of best.ckpt as it is now
     curves: dict[str, Curve] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -89,6 +92,7 @@ def natural(path: Path) -> list[tuple[int, str]]:
 def read(path: Path) -> Run:
     """Everything that the report shows of one run. Never raises for what is missing or damaged."""
     run = Run(path, pictures=sorted((path / "figures").glob("*.png"), key=natural))
+    run.best_step = step_of(path / "checkpoints" / "best.ckpt")
     for name, reader in zip(FILES, (_read_config, _read_metrics, _read_evaluation), strict=True):
         try:
             reader(run, path / name)
