@@ -200,10 +200,11 @@ def iwae_widens_q(bench: Bench) -> Finding:
 def best_width(posterior: MultivariateNormal, grid: Tensor, K: int, n: int) -> float:
     """The variance of an isotropic q that maximises L_K: by a parabola through the best of the grid, common draws."""
     e = torch.randn(n, K, 2)
-    log_e = Normal(0.0, 1.0).log_prob(e).sum(-1)
+    of_q, of_p = e.square().sum(-1) / 2, ((e @ posterior.precision_matrix) * e).sum(-1) / 2
+    constant = posterior.log_prob(torch.zeros(2)) - Normal(torch.zeros(2), 1.0).log_prob(torch.zeros(2)).sum()
     values = []
     for v in grid:
-        log_w = posterior.log_prob(v.sqrt() * e) - log_e + v.log()
+        log_w = of_q - v * of_p + constant + v.log()  # at z = sqrt(v) e
         values.append((log_w.logsumexp(1) - math.log(K)).mean().item())
     i = min(max(int(np.argmax(values)), 1), len(values) - 2)
     a, b, _ = np.polyfit(grid[i - 1 : i + 2].log().numpy(), values[i - 1 : i + 2], 2)

@@ -178,6 +178,17 @@ def test_width_of_the_elbos_q_at_every_K_is_found(bench, monkeypatch):
     assert not finding("wider", bench).holds
 
 
+def test_width_that_maximises_the_elbo_is_the_closed_form():
+    """KL(N(0, v I) || N(0, C)) is least at v = D / tr C^-1 = 1 - r^2."""
+    torch.manual_seed(0)
+    for r in (0.5, 0.9):
+        posterior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, r], [r, 1.0]]))
+        grid = torch.logspace(math.log10(0.1), math.log10(3.0), 60)
+        found = [claims.best_width(posterior, grid, 1, 4000) for _ in range(20)]
+        z = (sum(found) / 20 - (1 - r**2)) / (torch.tensor(found).std().item() / math.sqrt(20))
+        assert abs(z) < 4.5
+
+
 def test_eq_11_without_its_factor_is_no_erratum(bench, monkeypatch):
     at = claims.two_particles()
     monkeypatch.setattr(claims, "two_particles", lambda: replace(at, log_q_is=at.log_q_is + math.log(2)))

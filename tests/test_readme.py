@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from lightning_iwae import claims
 from lightning_iwae.cli import main
 
 from .test_cli import ROOT, SMALL, stand_in
@@ -54,11 +55,24 @@ def a_run():
     main(["fit", "-c", "conf/digits.yaml", "--trainer.default_root_dir", "runs/digits", *SMALL])
 
 
-ENDS = {"fit": "The run's files are in", "test": "L_64", "predict": "Saved as", "report": "report.html"}
+LABORATORY = {
+    "snr": ["--draws", "8", "--data", "5", "--grid", "1x2,1x4"],
+    "claims": ["--draws", "8", "--workers", "1", "--data.init_args.size", "20"],
+}
+ENDS = {
+    "fit": "The run's files are in",
+    "test": "L_64",
+    "predict": "Saved as",
+    "report": "report.html",
+    "snr": "snr.png",
+    "claims": "2 of 2 claims hold",
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, capsys):
+def test_commands(command, capsys, monkeypatch):
+    quick = [claim for claim in claims.CLAIMS if claim.name in ("extended", "erratum")]
+    monkeypatch.setattr(claims, "CLAIMS", quick)
     name, *args = shlex.split(command)[3:]
     if "runs" in command:
         a_run()
@@ -68,7 +82,7 @@ def test_commands(command, capsys):
         assert stop.value.code == 0
         return
     local = next((options for a in args if a.endswith(".yaml") and (options := stand_in(a))), [])
-    few = {"fit": SMALL, "report": []}.get(name, ["--model.test_particles", "70"])
+    few = {"fit": SMALL, "report": [], **LABORATORY}.get(name, ["--model.test_particles", "70"])
     main([name, *args, *few, *local])
     assert ENDS[name] in capsys.readouterr().out
 

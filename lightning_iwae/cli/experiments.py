@@ -23,7 +23,7 @@ from .. import laboratory, loading
 from ..curves import snr_over_grid
 from ..estimators import PHI, THETA
 from ..figures import png, render
-from ..laboratory import Row
+from ..laboratory import Row, Slope
 from ..mistakes import Mistake, did_you_mean, nearest
 from ..models import Batch, LinearGaussian, cut, split
 from ..randomness import forked, seed_for
@@ -113,11 +113,10 @@ def of_data(config: dict[str, Any], size: int | None, seed: int) -> Batch:
     return cut(next(iter(data.train_dataloader())), size or 20)
 
 
-def subject(config: dict[str, Any], checkpoint: Path | None, size: int | None, seed: int) -> tuple[Any, Batch, str]:
-    """A model, its data, and which parameters it has: a checkpoint's, on the toy the paper's, else the initial ones."""
-    if checkpoint is not None:
-        run = loading.load(checkpoint)
-        return run.network, of_data(config or run.config, size, seed), f"those of {checkpoint}"
+def subject(config: dict[str, Any], run: loading.Run | None, size: int | None, seed: int) -> tuple[Any, Batch, str]:
+    """A model, its data, and which parameters it has: a run's, on the toy the paper's, else the initial ones."""
+    if run is not None:
+        return run.network, of_data(config, size, seed), f"those of {run.checkpoint}"
     model = made(nn.Module, config, "model.network")
     batch = of_data(config, size, seed)
     if isinstance(model, LinearGaussian):
@@ -220,9 +219,10 @@ def snr(words: Sequence[str]) -> None:
     if not given.config and given.ckpt_path is None:
         raise Mistake("snr needs a config, -c FILE, or a trained model, --ckpt_path PATH.")
     phi, theta, points = sides(given.phi, PHI, "phi"), sides(given.theta, THETA, "theta"), grid(given.grid)
-    config = settings(rest) if rest else {}
+    run = None if given.ckpt_path is None else loading.load(given.ckpt_path)
+    config = settings(rest) if rest or run is None else run.config
     seed = given.seed if given.seed is not None else int(config.get("seed_everything") or 0)
-    model, batch, parameters = subject(config, given.ckpt_path, given.data, seed)
+    model, batch, parameters = subject(config, run, given.data, seed)
     given.out.mkdir(parents=True, exist_ok=True)
     print(f"{type(model).__name__} with parameters: {parameters}; {len(split(batch)[0])} data")
     for M, K in points:
@@ -232,20 +232,21 @@ def snr(words: Sequence[str]) -> None:
                 print(f"left out at M = {M}, K = {K}: {side} {', '.join(left)}")
     rows = measured(model, batch, (phi, theta), points, given, seed)
     slopes = laboratory.slopes(rows)
-    write(given.out / "snr.csv", [asdict(row) for row in rows])
-    write(given.out / "slopes.csv", [asdict(slope) for slope in slopes])
+    write(given.out / "snr.csv", Row, rows)
+    write(given.out / "slopes.csv", Slope, slopes)
     with replacing(given.out / "snr.png") as file:
         file.write(png(render(snr_over_grid(rows, slopes))))
     print(table(rows), "\n", "\n".join(map(str, slopes)), sep="\n")
     print(f"\nSaved in {given.out}: snr.csv, slopes.csv, snr.png")
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write(path: Path, kind: type[Row | Slope], rows: Sequence[Row | Slope]) -> None:
     """A CSV of these rows, empty where a value is unknown."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [f.name for f in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, [f.name for f in fields(kind)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    for row in map(asdict, rows):
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     with replacing(path) as file:
         file.write(text.getvalue().encode())
 
