@@ -37,14 +37,14 @@ class Annealing:
     start: Start = "prior"
     pilot: int = 4
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for what can't be."""
+    def check(self, where: str = "annealing") -> None:
+        """Raise ValueError, naming the setting, for what can't be."""
         for name in ("chains", "temperatures", "leapfrog", "pilot"):
             if getattr(self, name) < 1:
-                raise ValueError(f"annealing.{name} must be at least 1. Got {getattr(self, name)}.")
+                raise ValueError(f"{where}.{name} must be at least 1. Got {getattr(self, name)}.")
         for name, known in (("schedule", ("sigmoid", "linear")), ("start", get_args(Start))):
             if getattr(self, name) not in known:
-                raise ValueError(f"annealing.{name} must be {' or '.join(known)}. Got {getattr(self, name)}.")
+                raise ValueError(f"{where}.{name} must be {' or '.join(known)}. Got {getattr(self, name)}.")
 
     def betas(self) -> list[float]:
         """beta_0 = 0, ..., beta_T = 1."""
@@ -118,8 +118,9 @@ def ais(model: Any, x: Tensor, annealing: Annealing = DEFAULT, watch: Watch | No
         watch: is called after each of `annealing.moves()`.
 
     Raises:
-        ValueError: if z is discrete or bounded, or log p(x, z) has no gradient by z.
+        ValueError: if z is discrete or bounded, log p(x | z) has no gradient by z, or a setting can't be.
     """
+    annealing.check()
     with gradients():
         bridge = Bridge(model, usable(x), annealing.start)
         steps = steps_for(bridge, annealing, watch)
@@ -131,7 +132,7 @@ def bdmc(model: Any, n: int, annealing: Annealing = DEFAULT, watch: Watch | None
 
     Of x ~ p(x | z), z ~ p(z), that z is an exact draw from the posterior p(z | x). `ais` gives the lower bound. Chains
     that start at z and go its way back have weights with E[1 / w] = 1 / p(x), so that -log of the mean of 1 / w is an
-    upper bound in expectation. The gap between both bounds the error of either. It is one of simulated data: it says
+    upper bound in expectation. The gap between them bounds the error of either. It is one of simulated data: it says
     of real ones as much as they are alike.
 
     Args:
@@ -143,10 +144,10 @@ def bdmc(model: Any, n: int, annealing: Annealing = DEFAULT, watch: Watch | None
     Raises:
         ValueError: as `ais` does.
     """
+    annealing.check()
     with gradients():
-        with torch.no_grad():
-            z = draw_prior(model, n)
-            x = model.likelihood(z).sample()[0]
+        z = draw_prior(model, n)
+        x = model.likelihood(z).sample()[0]
         bridge = Bridge(model, x, annealing.start)
         steps = steps_for(bridge, annealing, watch)
         forth = anneal(bridge, bridge.draw(annealing.chains), annealing, steps, watch=watch)
@@ -154,6 +155,13 @@ def bdmc(model: Any, n: int, annealing: Annealing = DEFAULT, watch: Watch | None
         back = anneal(bridge, exact, annealing, steps, reverse=True, watch=watch)
         upper = -log_mean_exp(-back.log_w, 0)
         return Bidirectional(x, forth.log_px, upper, (forth.acceptance + back.acceptance) / 2)
+
+
+def check_model(model: Any, x: Tensor, start: Start = "prior") -> None:
+    """Raise as `ais` does, before anything is done. Draws one z for each of x (B, ...)."""
+    with gradients():
+        bridge = Bridge(model, usable(x), start)
+        bridge.at(bridge.draw(1))
 
 
 def anneal(

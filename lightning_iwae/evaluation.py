@@ -174,10 +174,24 @@ def table(result: dict[str, Any]) -> str:
         "rate": "rate R = KL(q || prior) (nats)",
         "distortion": "distortion D = -log p(x|z) (nats)",
         "k_hat_above_0.7": "Pareto k-hat > 0.7: log p(x) is unreliable",
+        "log_px_ais": "log p(x) by AIS (nats)",
+        "ais_minus_is": "AIS - importance sampling, same data (nats)",
+        "ais_acceptance": "AIS: acceptance of HMC moves",
+        "ais_ess": "AIS: ESS / chains",
+        "bdmc_lower": "BDMC: log p(x) from below (nats)",
+        "bdmc_upper": "BDMC: log p(x) from above (nats)",
+        "bdmc_gap": "BDMC: gap (nats)",
+        "bdmc_acceptance": "BDMC: acceptance of HMC moves",
     }
     rows = [f"{labels[k]:<46}{result[k]['mean']:>12.4f} +- {result[k]['se']:.4f}" for k in labels if k in result]
     if "active_units" in result:
         rows.append(f"{'active units (posterior mean varies by > 0.01)':<46}{result['active_units']:>7}")
     if "active_units_train" in result:
         rows.append(f"{'active units of the first 500 training data':<46}{result['active_units_train']:>7}")
+    for name, data in (("ais", "test data"), ("bdmc", "simulated data")):
+        if name in result:
+            rows.append(
+                "{0}: {data} {1}, {chains} chains from the {start}, {temperatures} temperatures, {leapfrog} leapfrog "
+                "steps: {decoder_passes} decoder passes a datum".format(name.upper(), data, **result[name])
+            )
     return "\n".join(rows)

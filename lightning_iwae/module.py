@@ -269,7 +269,7 @@ class IWModule(LightningModule):
         return f"Step {self.global_step}: the bound is not finite, by {'; '.join(bad) or 'its weights'}."
 
     # -------------------------------------------------------------------------------------------- evaluation
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor] | None:
         """In a fit val/elbo and val/iwae_64, over the whole validation set; in `validate` what `test` gives."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             return self.test_step(batch, batch_idx)
@@ -278,6 +278,7 @@ class IWModule(LightningModule):
         found = importance_sample(given(self.network, y), x, 64)
         sums = torch.stack([torch.ones_like(found.elbo), found.elbo, found.log_px]).sum(1)
         self._sums = self._sums + sums if batch_idx else sums
+        return None
 
     def on_validation_epoch_end(self) -> None:
         """Means over data. (Lightning's own, with sync_dist, rounds the number of data per process down.)"""
@@ -286,14 +287,16 @@ class IWModule(LightningModule):
         n, elbo, at_64 = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         self.log_dict({"val/elbo": elbo / n, "val/iwae_64": at_64 / n}, sync_dist=True)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """All figures of one batch, per datum."""
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """All figures of one batch, per datum: given to callbacks too."""
         self._seed_evaluation("test", batch_idx)
         if batch_idx == 0:
             self._totals = Totals()
         x, y = split(batch)
         model = given(self.network, y)
-        self._totals.add(evaluate_for_means(model, x, self.test_particles), moment(model.posterior(x), "mean"))
+        figures = evaluate_for_means(model, x, self.test_particles)
+        self._totals.add(figures, moment(model.posterior(x), "mean"))
+        return figures
 
     def on_test_epoch_end(self) -> None:
         """Means and standard errors: logged as test/* (val/*), kept in `result`, printed by the command line."""

@@ -162,7 +162,9 @@ def test_the_cost_is_what_is_stated(settings, ways):
 )
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Annealing(**options)
+        ais(linear_gaussian(), same_data(2), Annealing(**options))
+    with pytest.raises(ValueError, match=message):
+        bdmc(linear_gaussian(), 2, Annealing(**options))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader
 
-from lightning_iwae.callbacks import Predictions
+from lightning_iwae.annealing import Annealing
+from lightning_iwae.callbacks import AIS, BDMC, Predictions
 from lightning_iwae.data import Digits, Gaussian
 from lightning_iwae.models import MLP, LinearGaussian
 from lightning_iwae.module import IWModule
@@ -283,6 +284,22 @@ def test_evaluation_takes_every_datum_once(ranks, size, batch_size):
         assert result["kl_q_posterior"]["mean"] == pytest.approx(0, abs=1e-9)
         assert result["active_units"] == active
         assert logged == pytest.approx(test.mean().item(), rel=1e-6)
+
+
+def annealed(size, batch_size):
+    data, module = exact_toy(size, batch_size)
+    settings = Annealing(2, 3, 1, start="posterior")
+    quiet_trainer(callbacks=[AIS(7, settings), BDMC(7, settings)]).test(module, data, verbose=False)
+    with torch.no_grad():
+        return module.result, module.network.exact_log_px(data.test.double())
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(26, 8), (5, 4)])  # four data of each process; batches of 0 + 1
+def test_annealing_takes_each_process_share_of_the_data(ranks, size, batch_size):
+    for result, exact in ranks(annealed, size, batch_size):
+        assert result["ais"]["data"] == result["bdmc"]["data"] == min(size, 8)
+        assert result["log_px_ais"]["mean"] == pytest.approx(exact[:8].mean().item(), rel=1e-5)
+        assert result["bdmc_gap"]["mean"] == pytest.approx(0, abs=1e-5)
 
 
 class PlainLoader(Gaussian):

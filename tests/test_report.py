@@ -233,6 +233,17 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path):
     assert any("Same settings and same seed" in w and "a (seed 0" in w for w in warnings([only], found))
 
 
+def test_annealing_by_other_settings_does_not_compare(tmp_path):
+    for name, temperatures in (("a", 500), ("b", 100)):
+        about = {"ais": {"chains": 16, "temperatures": temperatures}, "log_px_ais": {"mean": -22.0, "se": 0.1}}
+        write(tmp_path / name, len(name), about=about, steps=31)
+    write(tmp_path / "without", 2, steps=31)
+    found = [runs.read(path) for path in runs.find([tmp_path])]
+    (told,) = [w for w in warnings(group(found), found) if "annealed" in w]
+    assert told.startswith("Not comparable, by the settings of annealed importance sampling: ")
+    assert "500" in told and "100" in told and found[0].figures["log_px_ais"].mean == -22
+
+
 def best_checkpoint(run, step):
     (run / "checkpoints").mkdir(exist_ok=True)
     module = torch.nn.Linear(300, 300)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "parallel": set(),
     "laboratory": {"parallel", "routing", "diagnostics", "models", "randomness", "sides"},
     "certification": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
-    "claims": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
+    "claims": {"bounds", "routing", "estimators", "laboratory", "models", "parallel", "randomness", "sides", "weights"},
     "module": {
         "routing",
         "sides",
@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "module",
         "routing",
         "sides",
+        "annealing",
         "models",
         "evaluation",
         "diagnostics",
@@ -97,7 +98,7 @@ OUTSIDE = {
     "class_paths": set(),
     "module": {"torch", "lightning"},
     "loading": {"torch", "numpy", "yaml", "jsonargparse", "lightning"},
-    "callbacks": {"torch", "lightning", "matplotlib"},
+    "callbacks": {"torch", "lightning", "matplotlib", "tqdm"},
     "report": {"numpy", "scipy", "yaml", "jinja2", "markupsafe", "PIL"},
 }
 ANYTHING = {"cli", "sweep"}  # the edge of the package

@@ -84,7 +84,9 @@ def cells(c: Certificate) -> list[str]:
 
 def below(error: float | None) -> str:
     """An error as the power of ten that it stays below; digits beyond are the machine's."""
-    return "" if error is None else f"< 1e{max(-12, math.floor(math.log10(max(error, 1e-300))) + 1)}"
+    if error is None or math.isnan(error):
+        return "" if error is None else "nan"
+    return f"< 1e{max(-12, math.floor(math.log10(max(error, 1e-300))) + 1)}"
 
 
 def bias(c: Certificate) -> str:

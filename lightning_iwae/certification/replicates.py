@@ -203,5 +203,5 @@ class Slopes(NamedTuple):
 def _slope(points: list[tuple[int, float]]) -> float:
     """Of log SNR: over all points if it falls, over the last two if it rises with K."""
     counts, values = (np.log(v) for v in zip(*points, strict=True))
-    rising = int(len(points) > 2 and points[0][0] == 16 and values[-1] > values[0])  # of points, to leave out
-    return float(np.polyfit(counts[rising:], values[rising:], 1)[0]) if np.isfinite(values[rising:]).all() else math.nan
+    first = 1 if points[0][0] == 16 and values[-1] > values[0] else 0
+    return float(np.polyfit(counts[first:], values[first:], 1)[0]) if np.isfinite(values[first:]).all() else math.nan

@@ -31,6 +31,7 @@ from ..sides import Side
 from ..writing import replacing
 from . import configs
 
+DRAWS = 200
 PHI_DEFAULT = "iwae,dreg,stl,vimco,wake,ciwae"
 GRID = "1x1,1x4,1x16,1x64,1x256,1x1024,1x8,4x8,16x8,64x8"
 OPTIONS: dict[str, Any] = {"beta": 0.05, "alpha": 0.5, "gamma": 0.0, "partition": 5}  # where none are given
@@ -213,7 +214,7 @@ def snr(words: Sequence[str]) -> None:
     )
     p.add_argument("--theta", default="iwae", help="estimators of theta (default: iwae)")
     p.add_argument("--grid", default=GRID, help=f"groups M and particles K (default: {GRID})")
-    p.add_argument("--draws", type=int, default=300, help="gradients drawn at each (M, K) (default: 300)")
+    p.add_argument("--draws", type=int, default=DRAWS, help=f"gradients drawn at each (M, K) (default: {DRAWS})")
     p.add_argument("--data", type=int, metavar="N", help="training data taken (default: all up to 1024, else 20)")
     given, rest = read(p, words)
     if not given.config and given.ckpt_path is None:
@@ -267,7 +268,7 @@ CLAIMS_GRID = "1x1,1x4,1x16,1x64,1x256,1x8,4x8,16x8,64x8"
 def claims(words: Sequence[str]) -> None:
     """Check every claim, print the table, write claims.json; exit status 1 if one fails."""
     p = parser("claims", "The post's claims, measured on the linear-Gaussian toy.", "gets claims.json")
-    p.add_argument("--draws", type=int, default=300, help="gradients drawn at each (M, K) (default: 300)")
+    p.add_argument("--draws", type=int, default=DRAWS, help=f"gradients drawn at each (M, K) (default: {DRAWS})")
     given, rest = read(p, words)
     if not given.config:
         raise Mistake("claims needs a config of the linear-Gaussian toy: -c conf/gaussian.yaml.")
@@ -283,7 +284,8 @@ def claims(words: Sequence[str]) -> None:
     phi = sides("iwae,dreg,stl,vimco,wake", PHI, "phi")
     given.out.mkdir(parents=True, exist_ok=True)
     rows = measured(model, x, (phi, [Side("iwae")]), points, given, seed)
-    bench = post.Bench(model, x, {(r.side, r.estimator, r.M, r.K): r for r in rows}, seed, given.draws / 300)
+    by_setting = {(r.side, r.estimator, r.M, r.K): r for r in rows}
+    bench = post.Bench(model, x, by_setting, seed, given.draws / DRAWS, given.workers or torch.get_num_threads())
     found = []
     for claim, finding in post.check(post.CLAIMS, bench):
         verdict = "holds" if finding.holds else "FAILS"

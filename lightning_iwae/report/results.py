@@ -30,6 +30,9 @@ KINDS = {
     "active_units": Kind("active units", "count", 0),
     "rate": Kind("rate", "nats", 0),
     "distortion": Kind("distortion", "nats", 0),
+    "log_px_ais": Kind("log p(x) by AIS", "nats", 1),
+    "ais_minus_is": Kind("AIS \N{MINUS SIGN} log p(x), same data", "nats", 0),
+    "bdmc_gap": Kind("BDMC gap", "nats", 0),
 }
 # of evaluation.json: figures at different values of these do not compare
 ABOUT = {
@@ -38,6 +41,8 @@ ABOUT = {
     "particles": "number of test particles",
     "version": "version of lightning_iwae",
     "device": "device",
+    "ais": "settings of annealed importance sampling",
+    "bdmc": "settings of bidirectional Monte Carlo",
 }
 # of config.yaml, by the ends of keys: the same for what is logged along a run
 MEASURED = {
