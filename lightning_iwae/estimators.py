@@ -9,7 +9,8 @@ Every estimator is an ascent direction made of three sums over groups m and part
 A theta estimator returns `a`, a phi estimator `(c, s)`, all of shape (M, K, B), divided by M and not by B. Below,
 w~ are the weights normalised within each group, so that "iwae" on (M, K) is the gradient of `bounds.miwae`, and
 g = (d log w / dz)(dz / d phi), h = grad_phi log q. Those with c = 0 need no reparameterised q, and fit discrete z.
-Where weights of zero leave an estimator no finite value, as when a group's are all zero, the weight is 0.
+Where weights of zero leave a score no finite value, as in rloo, it is 0. Where all of a group's are zero, w~ is
+uniform.
 
 To add one: write the function, add its row to THETA or PHI, its twin to `tests/test_estimators_rows.py`.
 """
