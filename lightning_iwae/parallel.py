@@ -1,8 +1,10 @@
 """A function applied to many tasks by several processes, in the order of the tasks."""
 
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -72,8 +74,17 @@ _state: tuple[Callable[..., Any], tuple[Any, ...]]  # of a worker
 def _start(state: bytes) -> None:
     global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keyboard interrupts the process that waits for us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _state = pickle.loads(state)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed can't tell its workers to end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(task: tuple[Any, ...]) -> Any:
