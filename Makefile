@@ -25,9 +25,12 @@ test: setup  ## The tests
 test-slow: setup  ## Long statistics and real data
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
+certify: setup  ## Check every estimator's expectation and write docs/estimators.md (a few minutes)
+	$(BIN)/python -m lightning_iwae certify --out docs/estimators.md
+
 check: setup  ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: help setup run test test-slow check
+.PHONY: help setup run test test-slow certify check

@@ -42,7 +42,7 @@ class SNR(NamedTuple):
         return torch.lerp(ordered[at.floor().long()], ordered[at.ceil().long()], at.frac()).tolist()
 
 
-class _Running:
+class Running:
     """Streaming mean and variance (Welford) of vectors (P,) in float64, and their direction ratio."""
 
     def __init__(self, size: Tensor, n: int) -> None:
@@ -52,6 +52,7 @@ class _Running:
         self.direction = self.mean
 
     def add(self, g: Tensor) -> None:
+        """The next draw, (P,)."""
         g = g.double()
         if self.seen == self.half:
             self.direction = self.mean / self.mean.norm()
@@ -63,10 +64,15 @@ class _Running:
         self.mean = self.mean + delta / self.seen
         self.squares += delta * (g - self.mean)
 
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each entry, (P,)."""
+        return (self.squares / (self.seen - 1)).sqrt()
+
     def result(self) -> SNR:
-        std = (self.squares / (self.seen - 1)).sqrt()
-        varies = std > 0
-        return SNR((self.mean.abs() / std)[varies], self.ratio / (self.seen - self.half), self.seen)
+        """Of all draws; entries that never vary are left out."""
+        varies = self.std > 0
+        return SNR((self.mean.abs() / self.std)[varies], self.ratio / (self.seen - self.half), self.seen)
 
 
 def signal_to_noise(gradients: Callable[[], dict[str, Tensor]], n: int) -> dict[str, SNR]:
@@ -84,14 +90,14 @@ def signal_to_noise(gradients: Callable[[], dict[str, Tensor]], n: int) -> dict[
     """
     if n < 4:
         raise ValueError(f"draws must be at least 4. Got {n}.")
-    running: dict[str, _Running] = {}
+    running: dict[str, Running] = {}
     for draw in range(1, n + 1):
         for name, g in gradients().items():
             if bad := int((~g.isfinite()).sum()):
                 raise FloatingPointError(
                     f"the gradient of {name} is not finite in {bad} of {g.numel()} parameters, at draw {draw} of {n}."
                 )
-            running.setdefault(name, _Running(g, n)).add(g)
+            running.setdefault(name, Running(g, n)).add(g)
     return {name: r.result() for name, r in running.items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .models.base import draw_posterior
 from .weights import normalised
 
 
@@ -47,7 +48,7 @@ def draw(model: Any, x: Tensor, particles: int, chunk: int | None = None) -> Par
     if particles < 2:
         raise ValueError(f"particles must be at least 2. Got {particles}.")
     q = model.posterior(x)
-    z = q.rsample((particles,))
+    z, _ = draw_posterior(q, particles)
     log_w = [_log_joint(model, x, part) - q.log_prob(part) for part in z.split(chunk or _chunk(x))]
     return Particles(z, torch.cat(log_w).double().cpu())
 

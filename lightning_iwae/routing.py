@@ -128,11 +128,12 @@ def phi_gradients(drawn: Draw, sides: Sequence[Side], parameters: Sequence[Tenso
     for side in sides:
         check_path(drawn, side)
         c, s = side.phi(log_w)
-        outputs, seeds = [drawn.log_q], [s]
+        parts = [(drawn.log_q, s)] if side.needs_score or not side.needs_path else []
         if side.needs_path:
-            outputs, seeds = [*outputs, drawn.z], [*seeds, _over(c, drawn.path)]
+            parts.append((drawn.z, _over(c, drawn.path)))
         if side.dreams:
-            outputs, seeds = [dreams(drawn, len(side.view(log_w)))], [torch.tensor(log_w.shape[1]).to(log_w)]
+            parts = [(dreams(drawn, len(side.view(log_w))), torch.tensor(log_w.shape[1]).to(log_w))]
+        outputs, seeds = zip(*parts, strict=True)
         of_sum = grad(outputs, parameters, seeds, retain_graph=True, materialize_grads=True)
         found.append(tuple(g / log_w.shape[1] for g in of_sum))
     return found

@@ -85,7 +85,12 @@ class Side:
     @property
     def needs_path(self) -> bool:
         """Whether phi's estimator has a path channel, and so needs a reparameterised q."""
-        return _needs_path(self)
+        return _needs(self)[0]
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether phi's estimator has a score channel."""
+        return _needs(self)[1]
 
     @property
     def dreams(self) -> bool:
@@ -122,8 +127,9 @@ def made_up(particles: int) -> Tensor:
 
 
 @lru_cache
-def _needs_path(side: Side) -> bool:
-    return bool(phi_weights(side.estimator, made_up(side.particles), **side.options)[0].any())
+def _needs(side: Side) -> tuple[bool, bool]:
+    c, s = phi_weights(side.estimator, made_up(side.particles), **side.options)
+    return bool(c.any()), bool(s.any())
 
 
 def without_path() -> list[str]:

@@ -212,7 +212,7 @@ def test_snr_is_measured_once_at_its_interval_in_steps(accumulate, every, steps)
 
 def test_snr_uses_the_same_probe_each_time_and_new_noise(monkeypatch):
     seen, measure = [], callbacks.gradient_snr.measure
-    monkeypatch.setattr(callbacks.gradient_snr, "measure", lambda m, x, n: seen.append(x) or measure(m, x, n))
+    monkeypatch.setattr(callbacks.gradient_snr, "measure", lambda m, x, *a: seen.append(x) or measure(m, x, *a))
     data = toy()
     still = iw_module(optimizer_theta=partial(torch.optim.SGD, lr=0.0), optimizer_phi=partial(torch.optim.SGD, lr=0.0))
     _, logger = fit(still, data, GradientSNR(1, 4, size=20), limit_val_batches=0)
@@ -308,7 +308,9 @@ def test_without_a_probe_the_first_batch_serves(monkeypatch, data):
             seen.setdefault("batch", batch)
 
     seen, measure = {"probes": []}, callbacks.gradient_snr.measure
-    monkeypatch.setattr(callbacks.gradient_snr, "measure", lambda m, x, n: seen["probes"].append(x) or measure(m, x, n))
+    monkeypatch.setattr(
+        callbacks.gradient_snr, "measure", lambda m, x, *a: seen["probes"].append(x) or measure(m, x, *a)
+    )
     trainer, logger = fit(iw_module(), data(), First(), GradientSNR(2, 4, size=20), Evaluation(particles=10))
     assert list(snr_rows(logger)) == [0, 2, 4]
     assert set(trainer.callback_metrics) > ESTIMATES

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Bernoulli, Independent
 
 from lightning_iwae.models import MLP, LinearGaussian
-from lightning_iwae.models.mlp import BernoulliPixels
+from lightning_iwae.models.likelihoods import BernoulliPixels
 
 
 def test_the_papers_network_has_425284_parameters():
@@ -28,7 +28,7 @@ def test_the_output_bias_is_the_log_odds_of_the_data():
     model = MLP(3, 2, [4])
     model.set_data_mean(torch.tensor([0.0, 0.25, 1.0]))
     expected = torch.tensor([-math.log(999), -math.log(3), math.log(999)])
-    torch.testing.assert_close(model.generative[-1].bias.detach(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.generative.last.bias.detach(), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"network.pixels is 3, but data have shape \(4,\)"):
         model.set_data_mean(torch.zeros(4))
 

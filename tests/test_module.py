@@ -515,7 +515,7 @@ def test_resuming_may_change_the_objective(tmp_path):
 
 # ------------------------------------------------------------------------------------- the training data's mean
 def bias(module):
-    return module.network.generative[-1].bias.detach().clone()
+    return module.network.generative.last.bias.detach().clone()
 
 
 def test_the_output_bias_starts_at_the_datas_log_odds():
@@ -554,7 +554,8 @@ class Fragile(MLP):
     fault = ""
 
     def prior(self):
-        mean = self.origin * math.nan if self.fault == "prior" else self.origin
+        origin = torch.zeros(3)
+        mean = origin * math.nan if self.fault == "prior" else origin
         return Independent(Normal(mean, 1.0, validate_args=False), 1)
 
     def posterior(self, x):

@@ -264,7 +264,7 @@ class IdleEncoder(MLP):
 
 class Discrete(MLP):
     def posterior(self, x):
-        return Independent(Bernoulli(logits=self.inference(x)[..., : len(self.origin)]), 1)
+        return Independent(Bernoulli(logits=self.inference(x)[..., :2]), 1)
 
 
 class Narrow(MLP):

@@ -31,6 +31,10 @@ MAY_IMPORT = {
     "implicit": {"weights", "models.base"},
     "schedule": {"sides"},
     "data": {"randomness"},
+    "parallel": set(),
+    "laboratory": {"parallel", "routing", "diagnostics", "models", "randomness", "sides"},
+    "certification": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
+    "claims": {"bounds", "routing", "estimators", "laboratory", "models", "randomness", "sides", "weights"},
     "module": {
         "routing",
         "sides",
@@ -48,12 +52,14 @@ MAY_IMPORT = {
     "signals": set(),
     "resume": set(),
     "metrics_csv": {"writing"},
-    "posteriors": {"weights"},
+    "posteriors": {"models.base", "weights"},
     "figures": {"posteriors", "weights"},
-    "curves": {"figures"},
+    "curves": {"figures", "laboratory"},
     "callbacks": {
         "module",
         "annealing",
+        "routing",
+        "sides",
         "models",
         "evaluation",
         "diagnostics",
@@ -74,11 +80,15 @@ MAY_IMPORT = {
 }
 # Beyond Python's own library. Parts not named here know torch at most.
 OUTSIDE = {
+    "certification": {"torch", "numpy"},
+    "models": {"torch", "zuko"},
     "_version": set(),
     "__init__": set(),
     "__main__": set(),
     "writing": set(),
     "predictions": {"torch", "numpy"},
+    "laboratory": {"torch", "numpy"},
+    "claims": {"torch", "numpy"},
     "signals": set(),
     "metrics_csv": {"lightning"},
     "figures": {"torch", "numpy", "matplotlib", "PIL"},

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from .. import curves, figures, posteriors
-from ..models import Batch, cut, given, split
+from ..models import Batch, cut, draw_posterior, given, split
 from ..module import IWModule
 from ..randomness import forked, seed_for
 from ..writing import replacing
@@ -120,7 +120,11 @@ class Figures(Callback):
             return {}
         declared = getattr(trainer.datamodule, "image_shape", None)  # type: ignore[attr-defined]
         shape = figures.image_shape(split(self._batch)[0], declared)
-        drawn_by = (self._samples, self._reconstructions, self._posteriors, self._weights)
+        drawn_by = [self._samples, self._reconstructions, self._posteriors, self._weights]
+        model, x = self._first(network, 1)
+        with forked(0, x.device):
+            if not draw_posterior(model.posterior(x), 1)[1]:  # a discrete z has no density to draw
+                drawn_by.remove(self._posteriors)
         return {draw.__name__[1:]: partial(draw, network, shape) for draw in drawn_by}
 
     def _samples(self, network: Any, shape: Shape) -> "Figure":
@@ -143,7 +147,7 @@ class Figures(Callback):
         model, x = self._first(network, self.posteriors)
         drawn = posteriors.draw(model, x, self.particles)
         everything, data = self._first(network, KEPT)
-        means = everything.posterior(data).rsample((100,)).mean(0).reshape(len(data), -1)
+        means = draw_posterior(everything.posterior(data), 100)[0].mean(0).reshape(len(data), -1)
         dimensions = posteriors.active_dimensions(means)
         views = posteriors.views(model, x, drawn, dimensions)
         return figures.posteriors(x, {"": views}, shape, [f"z[{i}]" for i in dimensions])

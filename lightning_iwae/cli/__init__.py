@@ -17,6 +17,9 @@ COMMANDS = {
     "test": "the same on the test data; writes evaluation.json",
     "predict": "posterior, log p(x) and ESS of each datum, to a file",
     "report": "one page and a table of finished runs",
+    "snr": "signal-to-noise of many estimators' gradients over K and M, against theory where it is known",
+    "certify": "check the expectation of every estimator, or of your own, and write docs/estimators.md",
+    "claims": "the claims that all this rests on, each measured: what is expected, what is found",
 }
 USAGE = "python -m lightning_iwae"
 HELP = f"""\
@@ -77,6 +80,10 @@ def main(args: list[str] | None = None) -> None:
 
             return report.main(words[1:])
         keep_freed_memory()
+        if words[0] in ("snr", "claims", "certify"):
+            from . import experiments
+
+            return getattr(experiments, words[0])(words[1:])
         from . import commands  # Lightning takes seconds to import
 
         commands.run(args)

@@ -1,0 +1,69 @@
+"""q(z | x) from what an encoder puts out, by name in a network's `posterior`."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+
+from .base import full_precision
+
+Name = Literal["diagonal", "full", "flow"]
+
+
+def make(name: Name, latent: int) -> Any:
+    """The module that makes the distribution of that name from an encoder's output (B, .width)."""
+    if name not in get_args(Name):
+        raise ValueError(f"network.posterior must be one of {', '.join(get_args(Name))}. Got {name}.")
+    return {"diagonal": Diagonal, "full": FullCovariance, "flow": Flow}[name](latent)
+
+
+class Diagonal(nn.Module):
+    """N(m, diag s^2), log s linear in the encoder's last layer."""
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.width = 2 * latent
+
+    def forward(self, output: Tensor) -> Distribution:
+        """Of outputs (B, 2 Z)."""
+        mean, log_scale = full_precision(output).chunk(2, -1)
+        return Independent(Normal(mean, log_scale.exp(), validate_args=False), 1)
+
+
+class FullCovariance(nn.Module):
+    """N(m, L L'), L lower triangular with a positive diagonal, linear but for its diagonal's logarithm."""
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.latent, self.width = latent, 2 * latent + latent * (latent - 1) // 2
+
+    def forward(self, output: Tensor) -> Distribution:
+        """Of outputs (B, Z (Z + 3) / 2): mean, log diagonal, the rest row by row."""
+        Z = self.latent
+        mean, log_diagonal, rest = full_precision(output).split([Z, Z, self.width - 2 * Z], -1)
+        L = torch.diag_embed(log_diagonal.exp())
+        row, column = torch.tril_indices(Z, Z, -1, device=rest.device)
+        L[..., row, column] = rest
+        return MultivariateNormal(mean, scale_tril=L, validate_args=False)
+
+
+class Flow(nn.Module):
+    """An affine coupling flow (Dinh et al., arXiv 1605.08803) of zuko, conditional on the encoder's output.
+
+    Sampling and the density of any z cost the same. Four couplings, of one hidden layer of 64 each.
+    """
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        if latent < 2:
+            raise ValueError(f"network.latent must be at least 2 for a flow, which couples dimensions. Got {latent}.")
+        import zuko  # takes a second
+
+        self.width = 2 * latent
+        self.flow = zuko.flows.RealNVP(latent, context=self.width, transforms=4, hidden_features=(64,))
+
+    def forward(self, output: Tensor) -> Any:
+        """Of outputs (B, 2 Z)."""
+        with torch.autocast(output.device.type, enabled=False):
+            return self.flow(full_precision(output))

@@ -1,0 +1,71 @@
+"""p(z), fixed or learnt, by name in a network's `prior`."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
+from torch.func import functional_call
+
+Name = Literal["standard", "mixture", "vamp"]
+
+
+def make(name: Name, latent: int, pixels: int, components: int) -> nn.Module:
+    """The module that makes the prior of that name."""
+    if name not in get_args(Name):
+        raise ValueError(f"network.prior must be one of {', '.join(get_args(Name))}. Got {name}.")
+    if components < 1:
+        raise ValueError(f"network.components must be at least 1. Got {components}.")
+    if name == "standard":
+        return Standard(latent)
+    return Mixture(latent, components) if name == "mixture" else Vamp(pixels, components)
+
+
+class Standard(nn.Module):
+    """N(0, I)."""
+
+    origin: Tensor  # (Z,)
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.register_buffer("origin", torch.zeros(latent), persistent=False)
+
+    def forward(self, encoder: Any = None) -> Distribution:
+        """The prior."""
+        return Independent(Normal(self.origin, torch.ones_like(self.origin), validate_args=False), 1)
+
+
+class Mixture(nn.Module):
+    """A mixture of diagonal normals, weights, means and scales learnt."""
+
+    def __init__(self, latent: int, components: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.means = nn.Parameter(torch.randn(components, latent))
+        self.log_scales = nn.Parameter(torch.zeros(components, latent))
+
+    def forward(self, encoder: Any = None) -> Distribution:
+        """The prior."""
+        parts = Independent(Normal(self.means, self.log_scales.exp(), validate_args=False), 1)
+        return MixtureSameFamily(Categorical(logits=self.logits), parts, validate_args=False)
+
+
+class Vamp(nn.Module):
+    """The mixture of q(z | u_k) at learnt pseudo-inputs u_k in [0, 1] (Tomczak & Welling, arXiv 1705.07120).
+
+    theta learns the u_k. The encoder that stands in the prior is held: its own gradient through the prior would belong
+    to neither side. So phi is not trained to move the prior, as it is in the paper.
+    """
+
+    def __init__(self, pixels: int, components: int) -> None:
+        super().__init__()
+        self.pseudo_inputs = nn.Parameter(torch.randn(components, pixels))  # log-odds
+
+    def forward(self, encoder: tuple[nn.Module, Callable[[Tensor], Distribution]]) -> Distribution:
+        """The prior, by the layers of an encoder and what makes q of their output."""
+        layers, head = encoder
+        held = {name: p.detach() for name, p in layers.named_parameters()}
+        output = functional_call(layers, held, (torch.sigmoid(self.pseudo_inputs),))
+        even = Categorical(logits=torch.zeros(len(output), device=output.device), validate_args=False)
+        return MixtureSameFamily(even, head(output), validate_args=False)
