@@ -17,6 +17,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from . import bounds, routing
 from .estimators import theta_weights
+from .evaluation import importance_sample
 from .laboratory import Row, fit_slope
 from .models import LinearGaussian
 from .parallel import Workers
@@ -81,12 +82,19 @@ def listed(values: Iterable[float], form: str = "") -> str:
     return ", ".join(f"{v:{form}}" for v in values)
 
 
+def log_weights(model: LinearGaussian, x: Tensor, samples: int) -> Tensor:
+    """Of draws from q, (S, B), in the memory of a few at a time. Nats."""
+    parts: list[Tensor] = []
+    importance_sample(model, x, samples, watch=parts.append)
+    return torch.cat(parts)
+
+
 def elbo_is_log_p_less_kl(bench: Bench) -> Finding:
     """Eqs. 6 and 8: the mean of single-sample estimates against log p(x) - KL, per datum."""
     model, x = bench.model, bench.x[:64]
     with torch.no_grad():
         exact = model.exact_log_px(x) - kl_divergence(model.posterior(x), model.exact_posterior(x))
-    log_w = drawn(model, x, bench.count(16_000))
+    log_w = log_weights(model, x, bench.count(16_000))
     z = z_score((log_w - exact).mean(1), 0.0)
     n = log_w.numel()
     measured = f"mean of {n:,} draws of eq. 8 - (log p - KL) = {(log_w - exact).mean():+.5f} nats, z = {z:+.2f}"
@@ -96,7 +104,7 @@ def elbo_is_log_p_less_kl(bench: Bench) -> Finding:
 def weights_are_importance_weights(bench: Bench) -> Finding:
     """After eq. 9: E[w] = p(x), and ESS / K tends to 1 / (1 + Var[w] / p(x)^2), which is known here."""
     model, x, K = bench.model, bench.x[:1], 4000
-    log_w = routing.draw(model, x, 50 * K).log_w.unflatten(0, (-1, K)).squeeze(-1)
+    log_w = log_weights(model, x, 50 * K).unflatten(0, (-1, K)).squeeze(-1)
     with torch.no_grad():
         w = (log_w - model.exact_log_px(x)).exp()
         limit = 1 / (1 + model.relative_variance(x)).item()
@@ -110,7 +118,7 @@ def weights_are_importance_weights(bench: Bench) -> Finding:
 def more_particles_tighten_the_bound(bench: Bench) -> Finding:
     """log p >= L_(n+1) >= L_n >= L_1, and at large K the gap is Var[w] / (2 K p^2)."""
     model, x, counts = bench.model, bench.x[:256], (1, 2, 4, 16, 64, 256)
-    log_w = drawn(model, x, 256 * bench.count(40))
+    log_w = log_weights(model, x, 256 * bench.count(40))
     gaps = gaps_of(model, x, log_w, counts)
     with torch.no_grad():
         expected = model.relative_variance(x).mean() / (2 * counts[-1])
@@ -119,11 +127,6 @@ def more_particles_tighten_the_bound(bench: Bench) -> Finding:
     values = [g.mean().item() for g in gaps]
     measured = f"log p - L_K = {listed(values, '.4f')} for K = {listed(counts)}; the last is {ratio:.3f} of theory"
     return Finding(measured, min(steps) > Z_LIMIT and abs(ratio - 1) < 0.1, {"gaps": values, "ratio": ratio})
-
-
-def drawn(model: LinearGaussian, x: Tensor, samples: int) -> Tensor:
-    """Log-weights (S, B), a few data at once: samples need more memory than their weights."""
-    return torch.cat([routing.draw(model, part, samples).log_w for part in x.split(16)], 1)
 
 
 @torch.no_grad()
@@ -274,7 +277,7 @@ def the_encoder_is_needed_less(bench: Bench) -> Finding:
     x = torch.tensor([[1.1, -0.6]], dtype=torch.float64)
     with torch.no_grad():
         model.inference.weight.zero_(), model.inference.bias.copy_(torch.tensor([0.9, -0.9]))  # q does not look at x
-    log_w = routing.draw(model, x, 1024 * bench.count(400)).log_w
+    log_w = log_weights(model, x, 1024 * bench.count(400))
     gaps = [gap.item() for gap in gaps_of(model, x, log_w, counts)]
     gap = slope(counts, gaps)
     measured = f"norm of phi's mean gradient: slope {mean:+.2f}; log p - L_K of a q that ignores x: "

@@ -163,7 +163,7 @@ def _grid_panel(
     for estimator in (e for e in shades if e in map(_estimator, rows)):
         own = sorted((r for r in rows if _estimator(r) == estimator), key=lambda r: getattr(r, name))
         known = [(getattr(r, name), r.theory) for r in own if r.theory]
-        own = [r for r in own if r.snr > 0]
+        own = [r for r in own if _seen(r)]
         at, colour = [getattr(r, name) for r in own], shades[estimator]
         label = estimator + (f"  {fitted[estimator]:+.2f}" if estimator in fitted else "")
         faces = [colour if r.snr_lo > 0 else "white" for r in own]
@@ -183,9 +183,14 @@ def _grid_panel(
         axis.legend(fontsize=8, title="slope fitted" if fitted else None, title_fontsize=8, loc="upper left")
 
 
+def _seen(row: "Measured") -> bool:
+    """Whether there is something to show, and not what is left of noise once it is taken off."""
+    return row.snr > row.snr_floor / 5
+
+
 def _grid_limits(axis: "Axes", rows: Sequence["Measured"]) -> None:
     """Round all that is shown, with room above for the legend; what pure noise would show named."""
-    shown = [value for r in rows for value in (r.snr, r.theory or 0) if value > 0]
+    shown = [value for r in rows if _seen(r) for value in (r.snr, r.theory or 0) if value > 0]
     if not shown:
         return
     low, high = math.log10(min(shown)), math.log10(max(shown))

@@ -150,9 +150,9 @@ def moment(q: Any, name: Literal["mean", "stddev"]) -> Tensor | None:
 def mean_variances(model: Any, x: Tensor, samples: int = 100) -> Tensor:
     """Var_x(E_q[z_u | x]) of each latent number over x (N, ...), (Z,): what `diagnostics.active_units` goes by.
 
-    Where q knows no mean (a flow, a hierarchy) it is that of draws, whose own variance over `samples` is taken off
-    again: unbiased. (Burda et al.'s code takes one pass of samples through a hierarchy's lower layer and leaves their
-    variance in.)
+    Where q knows no mean, as a flow, it is that of draws, whose own variance over `samples` is taken off again:
+    unbiased. (For a second layer Burda et al.'s code takes one pass of samples through the first and leaves their
+    variance in; q of `models.TwoLayer` says what its mean is where the first layer is at its own.)
     """
     q = model.posterior(x)
     mean = moment(q, "mean")

@@ -14,7 +14,7 @@ from lightning_iwae import annealing, hmc
 from lightning_iwae.annealing import Annealing, ais, anneal, bdmc, steps_for
 from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.hmc import Bridge, Point, move
-from lightning_iwae.models import MLP, LinearGaussian
+from lightning_iwae.models import MLP, Discrete, LinearGaussian, TwoLayer
 from lightning_iwae.models.labels import given
 
 
@@ -366,3 +366,32 @@ def test_weights_that_are_nan_are_not_hidden():
     model.likelihood = lambda z: Independent(Normal(z * torch.tensor([[1.0], [math.nan]]), 1.0, validate_args=False), 1)
     found = ais(model, torch.zeros(2, 1, dtype=torch.float64), Annealing(2, 3))
     assert found.log_px.isnan().tolist() == [False, True]
+
+
+# --- the networks -----------------------------------------------------------------------------------------------
+NETWORKS = {
+    "two layers": lambda: TwoLayer(9, [3, 2], [[8], [6]]),
+    "mixture prior, flow": lambda: MLP(9, 2, [8], prior="mixture", posterior="flow"),
+    "Vamp prior, full covariance": lambda: MLP(9, 2, [8], prior="vamp", posterior="full"),
+    "learnt scale": lambda: MLP(9, 2, [8], likelihood="gaussian"),
+}
+
+
+@pytest.mark.parametrize("start", ["prior", "posterior"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_px_of_every_kind_of_network_is_the_mean_likelihood(name, start):
+    torch.set_default_dtype(torch.float64)
+    model, x = NETWORKS[name](), torch.bernoulli(torch.full((3, 9), 0.5))
+    with torch.no_grad():
+        log_lik = model.likelihood(model.prior().sample((50_000, 1))).log_prob(x)
+    log_w = ais(model, x, Annealing(300, 40, 3, start=start)).log_w
+    for b in range(3):
+        shift = log_lik[:, b].logsumexp(0) - math.log(50_000)
+        a, p = torch.exp(log_w[:, b] - shift), torch.exp(log_lik[:, b] - shift)
+        se = math.hypot(a.std() / math.sqrt(300), p.std() / math.sqrt(50_000))
+        assert abs(a.mean() - 1) < 4.5 * se and se < 0.15
+
+
+def test_the_discrete_network_is_refused():
+    with pytest.raises(ValueError, match="Got a discrete one: the prior's support is Boolean"):
+        ais(Discrete(9, 4, [8]), torch.zeros(2, 9), Annealing(2, 3))

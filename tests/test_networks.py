@@ -111,9 +111,11 @@ def test_gradients_are_autograd_s_of_the_bound(kind, settings):
 def test_a_network_starts_at_the_mean_of_its_data(kind, likelihood):
     model, mean = small(kind, likelihood=likelihood), torch.linspace(0.1, 0.9, X)
     model.set_data_mean(mean)
+    if likelihood == "discretised-logistic":  # near an end of [0, 1] levels pile up
+        model.generative.get_parameter("likelihood.log_scale").data.fill_(-5.0)
     model.generative.apply(lambda m: m.weight.data.zero_() if hasattr(m, "weight") else None)
     z = model.prior().sample((1, 2))
-    torch.testing.assert_close(model.likelihood(z).mean[0, 0], mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.likelihood(z).mean[0, 0], mean, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"network.pixels is 64, but data have shape \(3,\)"):
         model.set_data_mean(torch.zeros(3))
 
@@ -128,9 +130,10 @@ def test_the_probabilities_of_256_levels_sum_to_one_and_are_the_logistic_s(mean,
     levels = torch.arange(256) / 255
     log_p = p.log_prob(levels).numpy()
     assert abs(np.exp(log_p).sum() - 1) < 1e-12
-    edges = scipy.stats.logistic(mean + 0.5, math.exp(log_scale)).cdf((np.arange(255) + 0.5) / 255)
+    edges = scipy.stats.logistic(mean + 0.5, math.exp(log_scale) + 1e-3).cdf((np.arange(255) + 0.5) / 255)
     expected = np.diff(np.concatenate([[0.0], edges, [1.0]]))
     np.testing.assert_allclose(np.exp(log_p), expected, rtol=1e-6, atol=1e-14)
+    np.testing.assert_allclose(p.mean.item(), (expected * np.arange(256) / 255).sum(), rtol=1e-9, atol=1e-12)
     single = LogisticLevels(torch.tensor(mean).float(), torch.tensor(log_scale).float()).log_prob(levels.float())
     assert single.isfinite().all()
     np.testing.assert_allclose(single.numpy(), log_p, rtol=2e-3, atol=2e-3)
@@ -150,7 +153,7 @@ def test_levels_are_drawn_with_their_probabilities():
 
 def test_the_gaussian_likelihood_is_scipy_s():
     model, x, z = small("mlp", likelihood="gaussian"), data(), torch.randn(S, B, 3)
-    mean, scale = model.generative(z).detach().numpy(), math.exp(-1.0)
+    mean, scale = model.generative(z).detach().numpy(), math.exp(-1.0) + 1e-3
     expected = scipy.stats.norm(mean, scale).logpdf(x.numpy()).sum(-1)
     np.testing.assert_allclose(model.likelihood(z).log_prob(x).detach().numpy(), expected, rtol=1e-12)
 
@@ -176,12 +179,14 @@ def test_a_full_covariance_is_scipy_s(latent):
 
 def test_a_flow_s_density_is_that_of_its_samples():
     """Integrates to one in two dimensions, by a grid, and is no normal's."""
-    model = moved(MLP(X, 2, [8], posterior="flow"))
+    model = MLP(X, 2, [8], posterior="flow")
+    for p in model.inference.posterior.parameters():  # from couplings that do nothing
+        p.data += 0.05 * torch.randn_like(p)
     q = model.posterior(data()[:1])
-    side = torch.linspace(-8, 8, 321)
+    side = torch.linspace(-16, 16, 641)
     grid = torch.cartesian_prod(side, side)[:, None]
     with torch.no_grad():
-        p = q.log_prob(grid)[:, 0].exp() * (16 / 320) ** 2
+        p = q.log_prob(grid)[:, 0].exp() * (32 / 640) ** 2
         z = q.sample((20_000,))[:, 0]
     assert abs(p.sum() - 1) < 1e-3
     mean = p @ grid[:, 0]
@@ -254,7 +259,7 @@ def test_two_layers_sample_what_they_say(stretch):
         (model.prior(), [model.generative["second"]]),
     ):
         biases, scores = [layer.last.bias for layer in layers], []
-        for _ in range(1000):
+        for _ in range(400):
             z = stretch * distribution.sample((40, 1) if not distribution.batch_shape else (40,))
             log_p = distribution.log_prob(z).mean()
             scores.append(torch.cat(torch.autograd.grad(log_p, biases, retain_graph=True)))
@@ -278,9 +283,9 @@ def test_a_two_layer_prior_reparameterised_is_z_and_moves_with_theta_by_hand():
 
 
 def test_gdreg_s_expectation_on_two_layers_is_plain_iwae_s():
-    """Paired z-scores of eight projections of p(z1 | z2)'s gradient, over 400 draws of ten copies of a datum."""
+    """Paired z-scores of eight projections of p(z1 | z2)'s gradient, over 300 draws of ten copies of a datum."""
     model, x = small("two"), data(binary=True)[:1]
-    K, rounds = 3, 400
+    K, rounds = 3, 300
     plain, generalised = [], []
     directions = None
     for _ in range(rounds):
@@ -346,6 +351,13 @@ RUNS = {
 }  # fmt: skip
 
 
+FEW = ["{class_path: lightning_iwae.callbacks.Evaluation, init_args: {particles: 30, size: 20}}",
+       "{class_path: lightning_iwae.callbacks.Checkpoints, init_args: {monitor: val/log_px}}"]  # fmt: skip
+MORE = ["{class_path: lightning_iwae.callbacks.Figures}",
+        "{class_path: lightning_iwae.callbacks.GradientSNR, init_args: {draws: 4}}"]  # fmt: skip
+CALLBACKS = [f"[{', '.join(FEW)}]", f"[{', '.join(FEW + MORE)}]"]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_network_is_trained_tested_used_for_prediction_and_loaded(name, tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)
@@ -361,7 +373,7 @@ def test_a_network_is_trained_tested_used_for_prediction_and_loaded(name, tmp_pa
         "--trainer.enable_progress_bar",
         "false",
     ]
-    args += ["--trainer.log_every_n_steps", "1"]
+    args += ["--trainer.log_every_n_steps", "1", "--trainer.callbacks", CALLBACKS[name == "discrete"]]
     cli.main(args)
     cli.main(["test", run, "--model.test_particles", "50", "--trainer.limit_test_batches", "1"])
     cli.main(["predict", run, "--model.test_particles", "50"])

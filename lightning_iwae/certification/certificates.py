@@ -56,7 +56,7 @@ class Certificate:
         checks = {k: f"{e:.0e}" for k, e in self.errors.items()} | ({"z": f"{self.z.worst:.1f}"} if self.z else {})
         told = ", ".join(f"{k} {v}" for k, v in checks.items())
         verdict = f"FAILS ({'; '.join(self.problems)})" if self.problems else "certified"
-        return f"{self.side:6}{self.name:18}{verdict}: {self.estimates} ({told})"
+        return f"{self.side:5} {self.name:17} {verdict}: {self.estimates} ({told})"
 
     @property
     def problems(self) -> list[str]:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from . import likelihoods, posteriors, priors
-from .layers import Layers, attach, check_widths, set_output
+from .layers import Layers, check_widths
+from .one_layer import OneLayer
 
 
-class Convolutional(nn.Module):
+class Convolutional(OneLayer):
     """Two strided convolutions and a linear layer each way, ReLU between; no normalisation over the batch.
 
     Args:
@@ -41,8 +42,6 @@ class Convolutional(nn.Module):
             raise ValueError(f"network.pixels must be the square of a multiple of 4. Got {pixels}.")
         if len(channels) != 2:
             raise ValueError(f"network.channels must be 2 numbers. Got {', '.join(map(str, channels))}.")
-        if prior == "vamp" and posterior == "flow":
-            raise ValueError("network.prior must not be vamp with network.posterior flow, of which it can mix none.")
         outer, inner = channels
         head, quarter = posteriors.make(posterior, latent), side // 4
         self.inference = Layers(
@@ -64,27 +63,17 @@ class Convolutional(nn.Module):
             nn.Flatten(),
             Bias(pixels),
         )
-        attach(self, self.inference, "posterior", head)
-        attach(self, self.generative, "likelihood", output := likelihoods.make(likelihood, pixels))
-        attach(self, self.generative, "prior", prior_of_z := priors.make(prior, latent, pixels, components))
-        self.parts = head, output, prior_of_z  # not registered a second time, in a tuple
-
-    def prior(self) -> Distribution:
-        """p(z)."""
-        return self.parts[2]((self.inference, self.parts[0]))
-
-    def posterior(self, x: Tensor) -> Distribution:
-        """q(z | x)."""
-        return self.parts[0](self.inference(x))
+        of_z = priors.make(prior, latent, pixels, components, posterior)
+        self.put_together(head, likelihoods.make(likelihood, pixels), of_z)
 
     def likelihood(self, z: Tensor) -> Distribution:
         """p(x | z), for z (S, B, Z); convolutions take the samples as rows."""
         output = self.generative(z.reshape(-1, z.shape[-1]))
         return self.parts[1](output.view(*z.shape[:-1], -1))
 
-    def set_data_mean(self, mean: Tensor) -> None:
-        """Set the output bias such that p(x | z) starts at the training data's mean (X,)."""
-        set_output(self.generative.get_parameter("7.bias"), mean, self.parts[1])
+    def output_bias(self) -> Tensor:
+        """The decoder's last bias, (X,)."""
+        return self.generative.get_parameter("7.bias")
 
 
 class Bias(nn.Module):

@@ -1,6 +1,5 @@
 """p(x | z) from what a decoder puts out: one distribution over all pixels, by name in a network's `likelihood`."""
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -84,7 +83,7 @@ class Gaussian(nn.Module):
 
     def forward(self, output: Tensor) -> Distribution:
         """Of outputs (..., X)."""
-        scale = full_precision(self.log_scale).clamp(min=math.log(1e-3)).exp()
+        scale = full_precision(self.log_scale).exp() + 1e-3
         return Independent(Normal(full_precision(output), scale, validate_args=False), 1, validate_args=False)
 
     def output_of(self, mean: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ class LogisticLevels(Distribution):
 
     Args:
         mean: (...), of the logistic; at 0.5 + mean, so that an output of 0 is a middle grey.
-        log_scale: broadcast with mean.
+        log_scale: broadcast with mean; to the scale 1e-3 is added, a quarter of a level.
     """
 
     arg_constraints = {}  # noqa: RUF012
@@ -126,14 +125,14 @@ class LogisticLevels(Distribution):
     LEVELS = 256
 
     def __init__(self, mean: Tensor, log_scale: Tensor) -> None:
-        self.loc, self.log_scale = torch.broadcast_tensors(mean + 0.5, log_scale.clamp(min=-7.0))
+        self.loc, self.scale = torch.broadcast_tensors(mean + 0.5, log_scale.exp() + 1e-3)
         super().__init__(self.loc.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log P(x), of the broadcast shape. Nats. Exact in both tails: differences are taken in log space."""
         top = self.LEVELS - 1
         level = (value * top).round()
-        inverse = (-self.log_scale).exp()
+        inverse = 1 / self.scale
         above = ((level + 0.5) / top - self.loc) * inverse
         below = ((level - 0.5) / top - self.loc) * inverse
         # log(sigmoid(a) - sigmoid(b)) = log sigmoid(a) + log sigmoid(-b) + log(1 - exp(b - a))
@@ -143,12 +142,15 @@ class LogisticLevels(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """The logistic's mean, cut to [0, 1]: within half a level of the levels' own but near the ends."""
-        return self.loc.clamp(0, 1)
+        """sum_k P(x >= k / 255) / 255, in [0, 1]."""
+        total = torch.zeros_like(self.loc)
+        for k in range(1, self.LEVELS):
+            total += torch.sigmoid((self.loc - (k - 0.5) / (self.LEVELS - 1)) / self.scale)
+        return total / (self.LEVELS - 1)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Levels, by rounding a logistic draw."""
         with torch.no_grad():
             u = torch.rand(self._extended_shape(sample_shape), device=self.loc.device, dtype=self.loc.dtype)
-            x = self.loc + self.log_scale.exp() * torch.logit(u, eps=1e-7)
+            x = self.loc + self.scale * torch.logit(u, eps=1e-7)
             return (x.clamp(0, 1) * (self.LEVELS - 1)).round() / (self.LEVELS - 1)

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import Tensor
 
 from . import likelihoods, posteriors, priors
-from .layers import attach, check_widths, set_output, tanh_layers
+from .layers import check_widths, tanh_layers
+from .one_layer import OneLayer
 
 
-class MLP(nn.Module):
+class MLP(OneLayer):
     """q(z | x) and p(x | z) out of tanh layers: by default Gaussian and Bernoulli, under a standard normal prior.
 
     With pixels=784, latent=50, hidden=[200, 200] it is the papers' network, of 425,284 parameters. Weights are
@@ -37,28 +37,12 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         check_widths(pixels=pixels, latent=latent, hidden=hidden)
-        if prior == "vamp" and posterior == "flow":
-            raise ValueError("network.prior must not be vamp with network.posterior flow, of which it can mix none.")
         head = posteriors.make(posterior, latent)
         self.inference = tanh_layers([pixels, *hidden, head.width])
         self.generative = tanh_layers([latent, *reversed(hidden), pixels])
-        attach(self, self.inference, "posterior", head)
-        attach(self, self.generative, "likelihood", output := likelihoods.make(likelihood, pixels))
-        attach(self, self.generative, "prior", prior_of_z := priors.make(prior, latent, pixels, components))
-        self.parts = head, output, prior_of_z  # not registered a second time, in a tuple
+        of_z = priors.make(prior, latent, pixels, components, posterior)
+        self.put_together(head, likelihoods.make(likelihood, pixels), of_z)
 
-    def prior(self) -> Distribution:
-        """p(z)."""
-        return self.parts[2]((self.inference, self.parts[0]))
-
-    def posterior(self, x: Tensor) -> Distribution:
-        """q(z | x)."""
-        return self.parts[0](self.inference(x))
-
-    def likelihood(self, z: Tensor) -> Distribution:
-        """p(x | z)."""
-        return self.parts[1](self.generative(z))
-
-    def set_data_mean(self, mean: Tensor) -> None:
-        """Set the output bias such that p(x | z) starts at the training data's mean (X,)."""
-        set_output(self.generative.last.bias, mean, self.parts[1])
+    def output_bias(self) -> Tensor:
+        """The decoder's last bias, (X,)."""
+        return self.generative.last.bias

@@ -15,7 +15,11 @@ def make(name: Name, latent: int) -> Any:
     """The module that makes the distribution of that name from an encoder's output (B, .width)."""
     if name not in get_args(Name):
         raise ValueError(f"network.posterior must be one of {', '.join(get_args(Name))}. Got {name}.")
-    return {"diagonal": Diagonal, "full": FullCovariance, "flow": Flow}[name](latent)
+    if name == "flow":
+        from .flow import Flow  # zuko takes a second
+
+        return Flow(latent)
+    return Diagonal(latent) if name == "diagonal" else FullCovariance(latent)
 
 
 class Diagonal(nn.Module):
@@ -46,24 +50,3 @@ class FullCovariance(nn.Module):
         row, column = torch.tril_indices(Z, Z, -1, device=rest.device)
         L[..., row, column] = rest
         return MultivariateNormal(mean, scale_tril=L, validate_args=False)
-
-
-class Flow(nn.Module):
-    """An affine coupling flow (Dinh et al., arXiv 1605.08803) of zuko, conditional on the encoder's output.
-
-    Sampling and the density of any z cost the same. Four couplings, of one hidden layer of 64 each.
-    """
-
-    def __init__(self, latent: int) -> None:
-        super().__init__()
-        if latent < 2:
-            raise ValueError(f"network.latent must be at least 2 for a flow, which couples dimensions. Got {latent}.")
-        import zuko  # takes a second
-
-        self.width = 2 * latent
-        self.flow = zuko.flows.RealNVP(latent, context=self.width, transforms=4, hidden_features=(64,))
-
-    def forward(self, output: Tensor) -> Any:
-        """Of outputs (B, 2 Z)."""
-        with torch.autocast(output.device.type, enabled=False):
-            return self.flow(full_precision(output))

@@ -11,10 +11,12 @@ from torch.func import functional_call
 Name = Literal["standard", "normal", "mixture", "vamp"]
 
 
-def make(name: Name, latent: int, pixels: int, components: int) -> nn.Module:
-    """The module that makes the prior of that name."""
+def make(name: Name, latent: int, pixels: int, components: int, posterior: str) -> nn.Module:
+    """The module that makes the prior of that name, beside a posterior of that kind."""
     if name not in get_args(Name):
         raise ValueError(f"network.prior must be one of {', '.join(get_args(Name))}. Got {name}.")
+    if name == "vamp" and posterior == "flow":
+        raise ValueError("network.prior must not be vamp with network.posterior flow, of which it can mix none.")
     if components < 1:
         raise ValueError(f"network.components must be at least 1. Got {components}.")
     if name in ("standard", "normal"):
