@@ -178,7 +178,7 @@ def test_the_page_has_every_row_and_all_of_them_are_certified():
 def test_an_estimator_of_one_s_own_is_certified_for_what_it_estimates_and_for_nothing_else(
     tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "own_estimators.py").write_text(
+    (tmp_path / "certified_estimators.py").write_text(
         "import torch\n"
         "from lightning_iwae.weights import normalised\n\n\n"
         "def half_dreg(log_w):\n"
@@ -191,9 +191,9 @@ def test_an_estimator_of_one_s_own_is_certified_for_what_it_estimates_and_for_no
     monkeypatch.syspath_prepend(str(tmp_path))
     torch.set_default_dtype(torch.float32)
     with pytest.raises(SystemExit) as stop:
-        main(["certify", "--estimator", "own_estimators.half_dreg", "--replicates", "20000"])
+        main(["certify", "--estimator", "certified_estimators.half_dreg", "--replicates", "20000"])
     assert stop.value.code == 1 and "FAILS" in capsys.readouterr().out
-    main(["certify", "--estimator", "own_estimators.same_as_dreg", "--replicates", "40000"])
+    main(["certify", "--estimator", "certified_estimators.same_as_dreg", "--replicates", "40000"])
     assert "certified" in capsys.readouterr().out
 
 
