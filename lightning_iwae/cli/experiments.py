@@ -315,15 +315,14 @@ def certify(words: Sequence[str]) -> None:
     p.add_argument("--estimator", metavar="MODULE.FUNCTION", help="phi estimator of your own, in place of all")
     p.add_argument("--of", metavar="NAME", default="iwae", help="row whose expectation it claims (default: iwae)")
     given = p.parse_args(list(words))
-    if given.estimator is not None:
-        found = [of_own(given.estimator, given.of, given.replicates)]
+    if given.estimator is None:
+        checked = certificates(given.replicates)
     else:
-        found = []
-        for certificate in certificates(given.replicates):
-            found.append(certificate)
-            print(certificate, flush=True)
-    if given.estimator is not None:
-        print(found[0])
+        checked = iter([of_own(given.estimator, given.of, given.replicates)])
+    found = []
+    for certificate in checked:
+        found.append(certificate)
+        print(certificate, flush=True)
     if given.out is not None:
         with replacing(given.out) as file:
             file.write(page(found, given.replicates).encode())
