@@ -1,4 +1,4 @@
-"""The command line: `python -m lightning_iwae {fit,validate,test} -c run.yaml [-c overlay.yaml] [--key value]`.
+"""The command line: `python -m lightning_iwae COMMAND`, as in `fit -c run.yaml -c overlay.yaml --key value`.
 
 Light: help, version and a mistyped command are answered without importing torch or Lightning.
 """
@@ -17,6 +17,7 @@ COMMANDS = {
     "test": "the same on the test data; writes evaluation.json",
     "predict": "posterior, log p(x) and ESS of each datum, to a file",
     "report": "one page and a table of finished runs",
+    "sweep": "choose settings by Optuna: many fits, shared by any number of workers",
     "snr": "signal-to-noise of many estimators' gradients over K and M, against theory where it is known",
     "certify": "check the expectation of every estimator, or of your own, and write docs/estimators.md",
     "claims": "the claims that all this rests on, each measured: what is expected, what is found",
@@ -79,6 +80,10 @@ def main(args: list[str] | None = None) -> None:
             from .. import report  # reads files only: no Lightning
 
             return report.main(words[1:])
+        if words[0] == "sweep":
+            from .. import sweep  # its trials are processes of their own: no torch, no Lightning
+
+            return sweep.main(words[1:])
         keep_freed_memory()
         if words[0] in ("snr", "claims", "certify"):
             from . import experiments

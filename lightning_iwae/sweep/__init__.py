@@ -1,0 +1,68 @@
+"""`python -m lightning_iwae sweep -c sweeps/optuna.yaml`: many fits, chosen by Optuna, shared by many workers.
+
+settings.py   a sweep's YAML
+space.py      what is tried
+storage.py    where the study is kept, and what to do when it does not answer
+study.py      who works on which trial; nothing is lost or counted twice
+trial.py      one trial's processes
+worker.py     one worker's loop, and what it shows
+page.py       the report
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from ..mistakes import Mistake
+
+DESCRIPTION = """Choose settings by Optuna: every trial is a fit in a process and a run directory of its own.
+The same command started again goes on with the study; started elsewhere with the same --storage
+it is one worker more. At the end, and for a study that is over, it writes a report."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes become a `Mistake` instead of a usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        """The command line says it, in one line."""
+        raise Mistake(f"sweep: {message}")
+
+
+def parser() -> Parser:
+    """The sub-command's arguments."""
+    p = Parser(
+        prog="lightning_iwae sweep",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("-c", "--config", metavar="FILE", required=True, help="the sweep's YAML, as sweeps/optuna.yaml")
+    p.add_argument(
+        "--storage",
+        metavar="URL",
+        help="sqlite:///FILE, journal:///FILE or postgresql://USER@HOST/DATABASE (default: LIGHTNING_IWAE_STORAGE of "
+        "the environment, else sqlite below --out)",
+    )
+    p.add_argument("--out", metavar="DIR", type=Path, help="gets runs/ and the report (default: runs/STUDY)")
+    p.add_argument("--study", metavar="NAME", help="in place of the one in the YAML")
+    p.add_argument("--trials", metavar="N", type=int, help="in place of the number in the YAML")
+    return p
+
+
+def main(words: list[str]) -> None:
+    """Run the sub-command."""
+    given = parser().parse_args(words)
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise Mistake("sweep needs optuna: pip install 'lightning-iwae[sweep]'.") from error
+    from . import page, settings, storage, worker
+
+    over = {key: value for key in ("study", "trials") if (value := getattr(given, key)) is not None}
+    sweep = settings.read(given.config, over)
+    out = given.out or Path("runs") / sweep.study
+    out.mkdir(parents=True, exist_ok=True)
+    url = given.storage or os.environ.get(storage.VARIABLE) or f"sqlite:///{out / 'study.db'}"
+    study = worker.work(sweep, url, out)
+    page.write(study, out)

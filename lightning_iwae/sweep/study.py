@@ -1,0 +1,237 @@
+"""A study that several workers share: every trial is tried until it ends, and counts once, whoever dies when.
+
+A study has as many *slots* as trials are wanted. A slot's trial is *attempted* until one attempt is finished or pruned,
+or failed for good. All that is needed for this is in the storage, and every step can be done twice, or by two workers
+at once: of attempts with equal slot and number the earliest in the storage is the one, and only one worker can take it.
+"""
+
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from ..mistakes import Mistake
+from ..mistakes import shown as shown_value
+from . import storage
+from .settings import Sweep
+from .space import Space
+from .storage import patient
+
+LOST = "its worker gave no sign of life for {:.0f} s: killed, or cut off"
+POLL = 1.0  # seconds between two looks at a study in which others work
+
+
+class Taken(Exception):
+    """The trial is no longer this worker's: it was silent for too long, and the trial was given to another."""
+
+
+class Next(NamedTuple):
+    """An attempt that should be in the study."""
+
+    slot: int
+    attempt: int
+    params: dict[str, Any] | None  # None: the sampler's, or the grid's
+
+
+class Ended(NamedTuple):
+    """How an attempt ended."""
+
+    outcome: str  # finished, pruned, failed (not tried again), broken (tried again), lost, returned (by its worker)
+    values: tuple[float, ...] = ()
+    reason: str = ""
+    notes: Mapping[str, Any] = {}
+
+
+def attempts(trials: Sequence[FrozenTrial]) -> dict[int, list[FrozenTrial]]:
+    """slot -> its attempts in order, the earliest trial of each number; what others put into the study is left out."""
+    found: dict[int, dict[int, FrozenTrial]] = defaultdict(dict)
+    for trial in sorted(trials, key=lambda t: t.number):
+        if "slot" in trial.user_attrs:
+            found[trial.user_attrs["slot"]].setdefault(trial.user_attrs["attempt"], trial)
+    return {slot: [by_number[a] for a in sorted(by_number)] for slot, by_number in sorted(found.items())}
+
+
+def is_over(tried: Sequence[FrozenTrial], retries: int) -> bool:
+    """Whether a slot's trial is finished, pruned, or given up."""
+    last = tried[-1]
+    if not last.state.is_finished():
+        return False
+    if last.state in (TrialState.COMPLETE, TrialState.PRUNED) or last.user_attrs.get("outcome") == "failed":
+        return True
+    return sum(t.user_attrs.get("outcome") in ("broken", "lost") for t in tried) > retries
+
+
+def missing(trials: Sequence[FrozenTrial], slots: int, retries: int) -> list[Next]:
+    """The attempts that are to be put into the study: first ones, and next ones of trials that are not over."""
+    found = attempts(trials)
+    first = [Next(slot, 0, None) for slot in range(slots) if slot not in found]
+    again = [
+        Next(slot, len(tried), dict(tried[-1].params))
+        for slot, tried in found.items()
+        if tried[-1].state.is_finished() and not is_over(tried, retries)
+    ]
+    return first + again
+
+
+class Study:
+    """A worker's side of a study.
+
+    Args:
+        sweep: what is tried.
+        url: of the storage.
+        say: where to tell that the storage does not answer.
+    """
+
+    def __init__(self, sweep: Sweep, url: str, say: Callable[[str], None]) -> None:
+        self.sweep, self.url, self.say = sweep, url, say
+        self.patience = sweep.patience
+        self.answering = time.monotonic()  # since when the storage has answered without a break
+        self.worker = f"{socket.gethostname()}:{os.getpid()}"
+        self.grid: list[dict[str, Any]] = []  # the study's parameters of each point
+        self.slots = sweep.trials or 0
+        self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its sign of life, and since when we know it
+        self._beaten = 0.0
+        self.study = self._open()
+
+    @patient
+    def _open(self) -> optuna.Study:
+        return storage.open_study(self.url, self.sweep.study, self._directions(), self.sweep.make_pruner())
+
+    @patient
+    def join(self, config: Mapping[str, Any]) -> None:
+        """Agree with the others on what is tried, `config` being the settings below it. Mistake where they differ."""
+        mine = {"sweep": self.sweep.identity(), "config": dict(config)}
+        theirs = self.study.user_attrs
+        if list(self.study.directions) != [optuna.study.StudyDirection[d.upper()] for d in self._directions()]:
+            raise Mistake(f"study {self.sweep.study}: its directions must be those of the objective.")
+        for part, keys in mine.items():
+            if part not in theirs:
+                self.study.set_user_attr(part, keys)
+                continue
+            for key in keys | theirs[part]:
+                a, b = theirs[part].get(key), keys.get(key)
+                if a != b:
+                    raise Mistake(
+                        f"{part}: {key} must be {shown_value(a)}, as when study {self.sweep.study} was begun. "
+                        f"Got {shown_value(b)}. Give the study another name, or take back the change."
+                    )
+
+    def _directions(self) -> list[str]:
+        return list(self.sweep.objectives.values())
+
+    def lay_out(self, space: Space, base: Mapping[str, Any]) -> None:
+        """Number the points of a grid."""
+        if self.sweep.grid:
+            self.grid = [names for _, names in space.points(base)]
+            self.slots = len(self.grid)
+
+    # -------------------------------------------------------------------------------------------- reading
+    @patient
+    def trials(self) -> list[FrozenTrial]:
+        """All of the study's."""
+        return self.study.get_trials(deepcopy=False)
+
+    def is_over(self) -> bool:
+        """Whether every slot's trial is."""
+        found = attempts(self.trials())
+        return len(found) >= self.slots and all(is_over(found[slot], self.sweep.retries) for slot in range(self.slots))
+
+    # -------------------------------------------------------------------------------------------- taking
+    def claim(self) -> optuna.Trial | None:
+        """A trial to work on; None if there is none just now, since others are at work on the last ones."""
+        self._bury()
+        self._fill()
+        return self._take()
+
+    def _bury(self) -> None:
+        """Fail the trials of workers that are silent. No clock but this worker's is asked."""
+        for trial in self.trials():
+            if trial.state != TrialState.RUNNING or "slot" not in trial.user_attrs:
+                continue
+            sign = trial.user_attrs.get("sign")
+            before, since = self._seen.get(trial.number, (None, None))
+            if since is None or before != sign:
+                self._seen[trial.number] = (sign, time.monotonic())
+            elif time.monotonic() - max(since, self.answering) > self.sweep.grace:
+                with suppress(Taken):  # it has just ended
+                    self._end(trial._trial_id, Ended("lost", reason=LOST.format(self.sweep.grace)))
+
+    @patient
+    def _fill(self) -> None:
+        for new in missing(self.trials(), self.slots, self.sweep.retries):
+            params = new.params or (self.grid[new.slot] if self.grid else {})
+            self.study.enqueue_trial(params, user_attrs={"slot": new.slot, "attempt": new.attempt})
+
+    @patient
+    def _take(self) -> optuna.Trial | None:
+        trials = self.trials()
+        chosen = {t.number for tried in attempts(trials).values() for t in tried}
+        ours = [t for t in trials if t.user_attrs.get("slot", self.slots) < self.slots]
+        for waiting in (t for t in ours if t.state == TrialState.WAITING):
+            try:
+                if waiting.number not in chosen:  # another worker put the same in just before
+                    self._storage.set_trial_state_values(waiting._trial_id, TrialState.FAIL)
+                elif self._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+                    self._storage.set_trial_user_attr(waiting._trial_id, "worker", self.worker)
+                    seed = self.sweep.seed + 1000 * waiting.user_attrs["slot"] + waiting.user_attrs["attempt"]
+                    self.study.sampler = self.sweep.make_sampler(seed)
+                    return optuna.Trial(self.study, waiting._trial_id)
+            except UpdateFinishedTrialError:
+                continue
+        return None
+
+    @property
+    def _storage(self) -> optuna.storages.BaseStorage:
+        return self.study._storage
+
+    # -------------------------------------------------------------------------------------------- working
+    @patient
+    def choose(self, trial: optuna.Trial, space: Space, base: Mapping[str, Any]) -> dict[str, Any]:
+        """The trial's point. What has been suggested once stays."""
+        return space.suggest(trial, base)
+
+    def beat(self, trial: optuna.Trial) -> None:
+        """Give a sign of life, if it is time. Taken if the trial has been given to another."""
+        if time.monotonic() - self._beaten > self.sweep.heartbeat:
+            self.note(trial, "sign", f"{self.worker} {time.time():.0f}")
+            self._beaten = time.monotonic()
+
+    @patient
+    def note(self, trial: optuna.Trial, key: str, value: Any) -> None:
+        """Write something beside the trial."""
+        try:
+            trial.set_user_attr(key, value)
+        except UpdateFinishedTrialError:
+            raise Taken from None
+
+    @patient
+    def report(self, trial: optuna.Trial, value: float, step: int) -> bool:
+        """Tell an intermediate value of the objective; whether the trial should be pruned."""
+        try:
+            trial.report(value, step)
+            return trial.should_prune()
+        except UpdateFinishedTrialError:
+            raise Taken from None
+
+    def finish(self, trial: optuna.Trial, ended: Ended) -> None:
+        """Tell how the trial ended. Taken if it has been given to another, and does not count."""
+        self._end(trial._trial_id, ended)
+
+    @patient
+    def _end(self, trial_id: int, ended: Ended) -> None:
+        states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+        state = states.get(ended.outcome, TrialState.FAIL)
+        try:
+            for key, value in {"outcome": ended.outcome, "reason": ended.reason, **ended.notes}.items():
+                self._storage.set_trial_user_attr(trial_id, key, value)
+            self._storage.set_trial_state_values(trial_id, state, ended.values or None)
+        except UpdateFinishedTrialError:
+            if self._storage.get_trial(trial_id).state != state:
+                raise Taken from None  # else the storage did it the first time, and only its answer was lost

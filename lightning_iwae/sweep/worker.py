@@ -1,0 +1,220 @@
+"""One worker: takes trials of the study one after the other, runs them, and shows how far the study is."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from ..mistakes import Mistake
+from ..signals import Interrupted, Signals
+from .settings import Sweep
+from .space import Space
+from .storage import shown
+from .study import POLL, Study, Taken, attempts, is_over
+from .trial import Trial, fit_words
+
+WIDTH = 14  # of a column of the progress table
+
+
+class Progress:
+    """A line for each trial that ends, of whichever worker, and on a terminal one that is kept up to date."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep, self.shown = sweep, set[int]()
+        self.columns: list[str] = []
+        self.bar = tqdm(unit="trial", disable=None, bar_format="{n_fmt}/{total_fmt} [{elapsed}] {postfix}")
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self.bar.write(text)
+        sys.stdout.flush()
+
+    def head(self, study: Study, keys: list[str]) -> None:
+        """What the columns are."""
+        self.bar.total = study.slots
+        self.columns = keys
+        names = [*self.sweep.objectives, "seconds", *(short(key, keys) for key in keys)]
+        self.say(f"{'trial':>5} {'outcome':9} " + " ".join(f"{name:>{WIDTH}}" for name in names))
+
+    def update(self, study: Study) -> None:
+        """Show what has ended since."""
+        found = attempts(study.trials())
+        for slot, tried in found.items():
+            for trial in tried:
+                if trial.state.is_finished() and trial.number not in self.shown:
+                    self.shown.add(trial.number)
+                    self.say(row(slot, trial, self.columns, len(self.sweep.objectives)))
+        self.bar.n = sum(is_over(tried, study.sweep.retries) for tried in found.values())
+        told = [f"best {names(self.sweep)} {best}" for best in [best_so_far(found, self.sweep)] if best]
+        running = [t for tried in found.values() for t in tried if t.state == TrialState.RUNNING]
+        told += [f"{t.user_attrs['slot']}: {latest(t)}" for t in running]
+        self.bar.set_postfix_str("; ".join(told))
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self.bar.leave = False
+        self.bar.close()
+
+
+def short(key: str, keys: list[str]) -> str:
+    """A key without what says nothing: `phi.particles` of model.phi.particles."""
+    names = [n for n in key.split(".") if n not in ("model", "init_args", "trainer", "data")]
+    return ".".join(names[-2:])[-WIDTH:]
+
+
+def names(sweep: Sweep) -> str:
+    """The objectives' names."""
+    return ", ".join(sweep.objectives)
+
+
+def row(slot: int, trial: FrozenTrial, keys: list[str], objectives: int) -> str:
+    """One line of the progress table: for a trial without a value, the reason."""
+    outcome = trial.user_attrs.get("outcome", "?")
+    head = f"{slot:5} {outcome:9} "
+    values = list(trial.values or [])
+    point = trial.user_attrs.get("point", {})
+    if trial.state == TrialState.FAIL:
+        return head + trial.user_attrs.get("reason", "")
+    cells = [f"{v:.4f}" for v in values] + [""] * (objectives - len(values))
+    cells.append(f"{trial.user_attrs.get('seconds', 0):.0f}")
+    cells += [brief(point[key]) if key in point else "" for key in keys]
+    return head + " ".join(f"{cell:>{WIDTH}}" for cell in cells)
+
+
+def brief(value: Any) -> str:
+    """A value in a column."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[-WIDTH:]
+
+
+def latest(trial: FrozenTrial) -> str:
+    """How far a running trial is."""
+    if not trial.intermediate_values:
+        return "begun"
+    step, value = max(trial.intermediate_values.items())
+    return f"step {step}, {value:.3f}"
+
+
+def best_so_far(found: Mapping[int, list[FrozenTrial]], sweep: Sweep) -> str:
+    """The best value of the first objective, and whose it is; nothing before there is one."""
+    done = [t for tried in found.values() for t in tried if t.state == TrialState.COMPLETE]
+    if not done:
+        return ""
+    sign = 1 if next(iter(sweep.objectives.values())) == "maximize" else -1
+    best = max(done, key=lambda t: sign * t.values[0])
+    return f"{best.values[0]:.4f} (trial {best.user_attrs['slot']})"
+
+
+# ------------------------------------------------------------------------------------------------ working
+def work(sweep: Sweep, url: str, out: Path) -> Study:
+    """Take part in a study until it is over. `Interrupted` if a signal comes: the trial in hand is given back."""
+    with Signals() as signals:
+        progress = Progress(sweep)
+        try:
+            base = base_settings(sweep)
+            space = sweep.space_over(base)
+            study = Study(sweep, url, progress.say)
+            if not study.trials():
+                rehearse(sweep, space, base)
+            study.join(base)
+            study.lay_out(space, base)
+            progress.say(f"Study {sweep.study} in {shown(url)}, {study.slots} trials. Runs are in {out / 'runs'}")
+            progress.head(study, [p.key for p in space.parameters])
+            signals.deferred = True
+            while not study.is_over():
+                trial = study.claim()
+                progress.update(study)
+                if trial is None:
+                    time.sleep(POLL)
+                else:
+                    attempt(study, trial, space, base, out, signals, progress)
+                    progress.update(study)
+                if signals.received:
+                    raise Interrupted(signals.received, f"stopped. The same command goes on with study {sweep.study}.")
+            progress.update(study)
+            return study
+        finally:
+            progress.close()
+
+
+def attempt(
+    study: Study,
+    trial: optuna.Trial,
+    space: Space,
+    base: Mapping[str, Any],
+    out: Path,
+    signals: Signals,
+    progress: Progress,
+) -> None:
+    """Run one attempt at a trial, and tell the study how it ended."""
+    shown_at = 0.0
+
+    def look() -> None:
+        nonlocal shown_at
+        study.beat(trial)
+        if not progress.bar.disable and time.monotonic() - shown_at > 5:
+            shown_at = time.monotonic()
+            progress.update(study)
+
+    try:
+        study.beat(trial)
+        point = study.choose(trial, space, base)
+        study.note(trial, "point", point)
+        slot = study.study._storage.get_trial(trial._trial_id).user_attrs["slot"]
+        seed = int(base.get("seed_everything", 0))
+        ended = Trial(
+            study.sweep, out, slot, point, seed, signals, look, lambda value, step: study.report(trial, value, step)
+        ).run()
+        study.finish(trial, ended)
+    except Taken:
+        progress.say("A trial of this worker has been given to another, since it seemed to be dead.")
+
+
+# ------------------------------------------------------------------------------------------------ before the first
+def base_settings(sweep: Sweep) -> dict[str, Any]:
+    """The config's settings by dotted key. Mistake if it is wrong."""
+    return flat(yaml.safe_load(printed(["fit", *(w for file in sweep.configs for w in ("-c", file)), *sweep.options])))
+
+
+def rehearse(sweep: Sweep, space: Space, base: Mapping[str, Any]) -> None:
+    """Have the command line read one point of the space in which every key is set. Mistake if it refuses."""
+    tried: set[str] = set()
+    for parameter in space.parameters:
+        if parameter.key not in tried:
+            point = space.first(base, parameter)
+            tried |= set(point)
+            try:
+                printed(fit_words(sweep, point, 0))
+            except Mistake as error:
+                raise Mistake(f"space: {error}") from error
+
+
+def printed(words: list[str]) -> str:
+    """The whole config that a fit with these arguments would have, as YAML; Mistake with its message if none."""
+    command = [sys.executable, "-m", "lightning_iwae", *words, "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.strip().splitlines() if line.startswith("error:")]
+        raise Mistake((lines or done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: "))
+    return done.stdout
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, lists being values."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def command_of(sweep: Sweep, point: Mapping[str, Any], seed: int) -> list[str]:
+    """The words of a fit that repeats a trial."""
+    return ["python", "-m", "lightning_iwae", *fit_words(sweep, point, seed)]
