@@ -61,6 +61,7 @@ def write(study: Study, out: Path) -> None:
         keys=keys,
         pictures=pictures(study, len(done)) if done else [],
         cell=cell,
+        setting=setting,
     )
     for name, text in (("sweep.html", html), ("sweep.md", markdown(title, rows, front, keys, study))):
         place = out / f".{os.getpid()}-{name}"  # several workers may be at this point
@@ -136,6 +137,11 @@ def subtitle(rows: list[Row], study: Study) -> str:
     return f"{study.slots} trials: {told or 'none begun'}; {again or 'none'} begun again"
 
 
+def setting(value: Any) -> str:
+    """A setting in a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def cell(row: Row, i: int) -> str:
     """A value with its standard error."""
     if i >= len(row.values):
@@ -152,7 +158,7 @@ def markdown(title: str, rows: list[Row], front: list[Row], keys: list[str], stu
     lines += ["| trial | outcome | " + " | ".join(names) + " | seconds | tries |", "|" + "---|" * (len(names) + 4)]
     for row in rows:
         values = [cell(row, i) for i in range(len(study.sweep.objectives))]
-        cells = [str(row.slot), row.outcome, *values, *(str(row.point.get(key, "")) for key in keys)]
+        cells = [str(row.slot), row.outcome, *values, *(setting(row.point.get(key, "")) for key in keys)]
         lines.append("| " + " | ".join([*cells, str(row.seconds or ""), str(row.tries)]) + " |")
     lines += ["", "## Best", *(f"\n    {row.command}\n" for row in front)]
     reasons = [f"- trial {row.slot}, {reason}" for row in rows for reason in row.reasons]
@@ -165,20 +171,23 @@ def pictures(study: Study, finished: int) -> list[tuple[str, str, str]]:
     from optuna.visualization import matplotlib as plots
 
     optuna_study, names = study.study, list(study.sweep.objectives)
-    drawn = []
-    if len(names) == 1:
-        drawn.append(
-            ("History", "each trial, and the best so far", picture(plots.plot_optimization_history, optuna_study))
-        )
+    single = len(names) == 1
+    if single:
+        drawn = [
+            ("History", "Each trial, and the best so far.", picture(plots.plot_optimization_history, optuna_study))
+        ]
     else:
         uri = picture(plots.plot_pareto_front, optuna_study, target_names=names)
-        drawn.append(("Pareto front", "trials that no other one beats in all objectives, and the others", uri))
+        drawn = [("Pareto front", "Trials that no other one beats in all objectives, and the others.", uri)]
     for i, name in enumerate(names if finished > 2 else []):
-        asked = {"target": values(i), "target_name": name}
+        asked = {} if single else {"target": values(i), "target_name": name}
         uri = picture(plots.plot_parallel_coordinate, optuna_study, **asked)
-        drawn.append((f"Parallel coordinates, {name}", "a line for each finished trial", uri))
+        better = "better" if single else "lower"
+        drawn.append(
+            (f"Parallel coordinates, {name}", f"A line for each finished trial; the darker, the {better}.", uri)
+        )
         uri = picture(plots.plot_param_importances, optuna_study, **asked)
-        text = "share of the variance that a random forest lays to each key that all trials have (fANOVA)"
+        text = "Share of the variance over trials that a random forest lays to each key (fANOVA)."
         drawn.append((f"Importances, {name}", text, uri))
     return [(title, text, uri) for title, text, uri in drawn if uri]
 
@@ -198,7 +207,8 @@ def picture(draw: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
             axes = draw(*args, **kwargs)
         except (ValueError, RuntimeError):  # one value of each parameter, or of the objective
             return ""
-        drawn = getattr(axes, "figure", None) or axes[0].figure
+        axes.set_title("")
+        drawn = axes.figure
         drawn.set_size_inches(9, 5)
         FigureCanvasAgg(drawn)
         drawn.tight_layout()

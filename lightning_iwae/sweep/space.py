@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..mistakes import Mistake, did_you_mean, nearest, shown
@@ -36,7 +36,7 @@ class Parameter:
     high: float = 0.0
     step: float | None = None
     log: bool = False
-    divisors_of: Any = None  # a number, or a key
+    divisors_of: Any = None  # a number, or a key of the space
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> values under which this one is chosen
 
     @property
@@ -146,8 +146,12 @@ def read(tree: Any, base: Mapping[str, Any]) -> Space:
         raise Mistake(f"space must map dotted keys to what is tried for them. Got {shown(tree)}.")
     parameters: list[Parameter] = []
     for key, spec in tree.items():
-        parameters.append(parameter(str(key), spec))
-        check_references(parameters[-1], [p.key for p in parameters[:-1]], base)
+        p = parameter(str(key), spec)
+        before = [p.key for p in parameters]
+        check_references(p, before, base)
+        if isinstance(p.divisors_of, str) and p.divisors_of not in before:
+            p = replace(p, divisors_of=base[p.divisors_of])
+        parameters.append(p)
     return Space(tuple(parameters))
 
 
