@@ -3,21 +3,33 @@
 import importlib.util
 import os
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from ..writing import replacing
+
 NEEDS = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard"}  # class -> package, and our extra
 
 
-def placed(config: Any, directory: str) -> Any:
+def swept() -> str | None:
+    """runs/SWEEP/RUN of a run that `wandb agent` started: its own, and found again if the agent starts it again."""
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return f"runs/{sweep}/{run}" if sweep and run else None
+
+
+def placed(config: Any, directory: str, goes_on: bool) -> Any:
     """The config of trainer.logger (one, several, none) with a relative `save_dir` taken to be below `directory`.
+
+    W&B's run of a fit that `goes_on` in the directory is the one that began there, unless its id is given, by
+    `version`, `id` or WANDB_RUN_ID.
 
     Raises:
         ValueError: if the package that a logger needs is not installed.
     """
     if isinstance(config, list):
-        return [placed(one, directory) for one in config]
+        return [placed(one, directory, goes_on) for one in config]
     if not hasattr(config, "class_path"):
         return config  # null, true, false
     name = config.class_path.rpartition(".")[2]
@@ -27,7 +39,21 @@ def placed(config: Any, directory: str) -> Any:
     config = deepcopy(config)
     if isinstance(said := config.init_args.get("save_dir"), str):
         config.init_args.save_dir = os.path.normpath(os.path.join(directory, said))
+    if name == "WandbLogger" and goes_on:
+        given = config.init_args.get("version") or config.init_args.get("id")
+        config.init_args.version = given or kept_id(directory)
     return config
+
+
+def id_file(directory: str) -> Path:
+    """Keeps the id of the W&B run that is fed from a run's directory."""
+    return Path(directory) / "wandb" / "id"
+
+
+def kept_id(directory: str) -> str | None:
+    """The id in it, if there is one and the environment, as under `wandb agent`, has none."""
+    file = id_file(directory)
+    return file.read_text().strip() if file.is_file() and "WANDB_RUN_ID" not in os.environ else None
 
 
 def with_metrics(given: Any, metrics: Logger) -> list[Logger]:
@@ -36,8 +62,10 @@ def with_metrics(given: Any, metrics: Logger) -> list[Logger]:
     return [metrics, *(logger for logger in others if not isinstance(logger, CSVLogger))]
 
 
-def start(loggers: list[Logger], config: Any) -> None:
+def start(loggers: list[Logger], config: Any, directory: str) -> None:
     """Tell all but metrics.csv's the run's config, and W&B to begin: for rank 0, before data are touched.
+
+    The id of W&B's run is kept in the run's directory.
 
     Raises:
         ValueError: if W&B cannot begin, as without a key.
@@ -45,6 +73,9 @@ def start(loggers: list[Logger], config: Any) -> None:
     for logger in loggers[1:]:
         try:
             logger.log_hyperparams(config)
+            if isinstance(logger, WandbLogger):
+                with replacing(id_file(directory)) as file:
+                    file.write(f"{logger.experiment.id}\n".encode())
         except Exception as error:
             if not type(error).__module__.startswith("wandb"):
                 raise
