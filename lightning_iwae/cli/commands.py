@@ -38,6 +38,8 @@ RUN_DIRECTORY = "LIGHTNING_IWAE_RUN_DIRECTORY"  # tells processes that DDP start
 class RunFiles(SaveConfigCallback):
     """Writes config.yaml into the run's directory, and keeps metrics.csv in step with the checkpoints."""
 
+    _resumed = False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """On rank 0, before anything else is written; a test leaves the fit's own config alone."""
         if trainer.is_global_zero and stage == "fit":
@@ -55,6 +57,13 @@ class RunFiles(SaveConfigCallback):
         for logger in of_metrics(trainer):
             if "metrics.csv" in checkpoint:
                 logger.cut(**checkpoint["metrics.csv"])
+                self._resumed = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring W&B up to where metrics.csv is."""
+        for logger in of_metrics(trainer) if self._resumed else ():
+            loggers.catch_up(trainer.loggers, logger.read())
+        self._resumed = False
 
     @cached_property
     def _settings(self) -> str:

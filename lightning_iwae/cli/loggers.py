@@ -39,10 +39,21 @@ def placed(config: Any, directory: str, goes_on: bool) -> Any:
     config = deepcopy(config)
     if isinstance(said := config.init_args.get("save_dir"), str):
         config.init_args.save_dir = os.path.normpath(os.path.join(directory, said))
-    if name == "WandbLogger" and goes_on:
-        given = config.init_args.get("version") or config.init_args.get("id")
-        config.init_args.version = given or kept_id(directory)
+    if name == "WandbLogger":
+        resumable(config.init_args, kept_id(directory) if goes_on else None)
     return config
+
+
+def resumable(options: Any, kept: str | None) -> None:
+    """Have W&B go on with the run that has the id, whether given or `kept`.
+
+    The parser knows wandb.init's options too and sets them to None, by which Lightning's resume="allow" is lost: a
+    run would be begun anew, and its history so far overwritten.
+    """
+    if not (options.get("version") or options.get("id")):
+        options.version = kept
+    if not any(options.get(name) for name in ("resume", "resume_from", "fork_from")):
+        options.resume = "allow"
 
 
 def id_file(directory: str) -> Path:
@@ -81,6 +92,20 @@ def start(loggers: list[Logger], config: Any, directory: str) -> None:
                 raise
             offline = "--trainer.logger.init_args.offline true"
             raise ValueError(f"trainer.logger: W&B can't begin: {error} Without a key: {offline}.") from error
+
+
+def catch_up(loggers: list[Logger], rows: list[dict[str, str]]) -> None:
+    """Give W&B those rows of metrics.csv, up to the checkpoint that a run goes on from, which it never got.
+
+    A killed process leaves unsent what it logged in the last 15 seconds. The last step that W&B has may have several
+    rows, and is sent again.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            last = logger.experiment.summary.get("trainer/global_step", -1)
+            for row in rows:
+                if (step := int(row["step"])) >= last:
+                    logger.log_metrics({k: float(v) for k, v in row.items() if v and k != "step"}, step)
 
 
 def finish(loggers: list[Logger]) -> None:
