@@ -1,5 +1,6 @@
 """A stand-in for W&B's server on 127.0.0.1: a grid for `wandb agent`, and what the runs send it."""
 
+import base64
 import itertools
 import json
 import re
@@ -20,7 +21,8 @@ class Run:
         self.config: dict[str, Any] = {}
         self.history: dict[int, dict[str, Any]] = {}
         self.files: set[str] = set()
-        self.begun, self.exit = 0, None
+        self.sweep: str | None = None
+        self.exit: int | None = None
 
     def rows(self, name: str) -> list[tuple[int, Any]]:
         """(step of training, value) of each row that holds `name`."""
@@ -108,7 +110,7 @@ class Server(ThreadingHTTPServer):
     def bucket(self, v: dict[str, Any], project: dict[str, Any]) -> dict[str, Any]:
         """A run that begins or has something new to say."""
         run = self.runs[v["name"]]
-        run.begun += 1
+        run.sweep = v.get("sweep") or run.sweep
         run.config |= {name: item["value"] for name, item in json.loads(v.get("config") or "{}").items()}
         names = {"id": "1", "name": v["name"], "displayName": v["name"], "sweepName": v.get("sweep")}
         return names | {"project": project, "config": v.get("config"), "historyLineCount": len(run.history)}
@@ -134,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({})  # telemetry
         sent = json.loads(body)
         with self.server.lock:
-            self.server.keys.add(self.headers.get("Authorization", ""))
+            _, _, secret = self.headers.get("Authorization", "").partition(" ")
+            self.server.keys.add(base64.b64decode(secret).decode().removeprefix("api:"))
             if stream:
                 self.server.received.append(self.path)
                 self.server.stream(self.server.runs[stream[1]], sent)
