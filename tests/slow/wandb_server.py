@@ -34,8 +34,8 @@ class Run:
         last = self.history[max(self.history)] if self.history else {}
         config = {name: {"value": value} for name, value in self.config.items()}
         lines = {"historyLineCount": len(self.history), "eventsLineCount": 0, "logLineCount": 0}
-        tails = {"historyTail": json.dumps([json.dumps(last)]), "eventsTail": "[]", "tags": [], "wandbConfig": None}
-        return lines | tails | {"config": json.dumps(config), "summaryMetrics": json.dumps(last)}
+        tails = {"historyTail": json.dumps([json.dumps(last)]), "eventsTail": "[]", "summaryMetrics": json.dumps(last)}
+        return lines | tails | {"config": json.dumps(config), "tags": [], "wandbConfig": '{"t": {}}'}
 
 
 class Server(ThreadingHTTPServer):
