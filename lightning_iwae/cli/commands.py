@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -320,6 +321,8 @@ def run(args: list[str] | None) -> None:
                 args=args,
                 signals=signals,
             )
-    except Interrupted:
+    except Interrupted as stop:
+        if stop.signal == signal.SIGUSR1:  # SIGTERM may be from W&B's own stop button
+            loggers.preempted()
         if not started_by_another:  # it speaks for both, and would be killed if this one failed
             raise

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,13 @@ def catch_up(loggers: list[Logger], rows: list[dict[str, str]]) -> None:
             for row in rows:
                 if (step := int(row["step"])) >= last:
                     logger.log_metrics({k: float(v) for k, v in row.items() if v and k != "step"}, step)
+
+
+def preempted() -> None:
+    """Tell W&B that its run was stopped by the cluster, not by a fault or a user: a sweep gives it out again."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.run.mark_preempting()
 
 
 def finish(loggers: list[Logger]) -> None:

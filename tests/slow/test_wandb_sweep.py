@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,29 +11,14 @@ import pytest
 import yaml
 
 from ..test_cli import ROOT
+from ..test_figures import OF_MODEL
+from ..test_wandb import FEW, KEY
 from .test_kills import wait_for
 from .wandb_server import SWEEP, Server
 
 pytest.importorskip("wandb", reason="wandb is not installed: pip install 'lightning-iwae[wandb]'")
 
-KEY = "0123456789abcdef0123456789abcdef01234567"
-SMALL = """\
-model: {samples: 8, theta: {particles: 8}}
-trainer:
-  max_epochs: 2
-  check_val_every_n_epoch: 1
-  log_every_n_steps: 5
-  enable_progress_bar: false
-  callbacks:
-    - class_path: lightning_iwae.callbacks.Evaluation
-      init_args: {particles: 50, size: 50}
-    - class_path: lightning_iwae.callbacks.GradientSNR
-      init_args: {every_n_steps: 10, draws: 8, size: 10, estimators: [dreg]}
-    - class_path: lightning_iwae.callbacks.Figures
-      init_args: {samples: 4, reconstructions: 2, posteriors: 1, particles: 50}
-    - class_path: lightning_iwae.callbacks.Checkpoints
-"""
-PICTURES = {f"figures/{name}" for name in ("samples", "reconstructions", "posteriors", "weights", "training", "snr")}
+PICTURES = {f"figures/{name}" for name in OF_MODEL | {"training", "snr"}}
 
 
 @pytest.fixture
@@ -41,7 +27,7 @@ def server(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     (tmp_path / "conf").symlink_to(ROOT / "conf")
-    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "small.yaml").write_text(FEW)
     monkeypatch.chdir(tmp_path)
     with Server() as server:
         env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
@@ -138,6 +124,26 @@ def test_a_run_that_is_killed_goes_on_in_its_own_with_every_row(server):
     steps = [step for step, _ in sent.rows("train/bound_theta")]
     assert steps == sorted(steps) and len(steps) - len(set(steps)) <= 1  # none is told again, but the last it had
     assert dict(sent.rows("train/bound_theta")) == dict(logged(metrics(Path("run")), "train/bound_theta"))
+
+
+@pytest.mark.slow
+def test_a_sweeps_run_that_the_cluster_stops_says_so_and_is_found_again(server, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", SWEEP)
+    monkeypatch.setenv("WANDB_RUN_ID", "run7")  # as the agent sets them, each time that it is given the run
+    command = [word for word in fit("--ckpt_path", "last") if word not in ("--trainer.default_root_dir", "run")]
+    directory = Path("runs", SWEEP, "run7")
+    process = start(*command, "--trainer.max_epochs", "-1")
+    wait_for(process, lambda: (directory / "metrics.csv").exists() and len(metrics(directory)) > 10)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=120)
+    sent = server.runs["run7"]
+    assert (process.returncode, sent.exit, sent.preempted) == (138, 138, True)
+    assert sent.rows("train/bound_phi") == logged(metrics(directory), "train/bound_phi") != []  # all is sent
+    said = run(*command, "--trainer.max_epochs", str(int(metrics(directory)[-1]["step"]) // 12 + 2))
+    assert set(server.runs) == {"run7"} and sent.exit == 0 and "afresh" not in said
+    steps = [step for step, _ in sent.rows("train/bound_phi")]
+    assert steps == sorted(steps) and len(steps) - len(set(steps)) <= 1
+    assert dict(sent.rows("train/bound_phi")) == dict(logged(metrics(directory), "train/bound_phi"))
 
 
 @pytest.mark.slow

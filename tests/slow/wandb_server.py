@@ -23,6 +23,7 @@ class Run:
         self.files: set[str] = set()
         self.sweep: str | None = None
         self.exit: int | None = None
+        self.preempted = False
 
     def rows(self, name: str) -> list[tuple[int, Any]]:
         """(step of training, value) of each row that holds `name`."""
@@ -119,6 +120,7 @@ class Server(ThreadingHTTPServer):
         """Lines of the history, and the exit status."""
         part = sent.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
         run.history |= {part["offset"] + i: json.loads(line) for i, line in enumerate(part["content"])}
+        run.preempted |= bool(sent.get("preempting"))
         if sent.get("complete"):
             run.exit = sent.get("exitcode")
 
