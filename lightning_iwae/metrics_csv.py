@@ -102,6 +102,13 @@ class MetricsCSV(Logger):
             self.rows = self._write(columns, kept)
         self.columns = list(columns)
 
+    def read(self) -> list[dict[str, str]]:
+        """The rows so far, as they are written."""
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
+
     def _add_columns(self, names: list[str]) -> None:
         self.finalize("new columns")
         columns = self.columns + names

@@ -1,11 +1,8 @@
 """Pictures: what is drawn is read back from the figures and compared with closed forms, quadrature and hand counts."""
 
-import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -422,40 +419,6 @@ def test_tensorboard_has_metrics_config_and_pictures(cli, tmp_path, monkeypatch)
     assert (image.width, image.step) == (900, 3)
     assert "latent: 10" in (tmp_path / "run/tensorboard/hparams.yaml").read_text()
     assert "save_dir: .\n" in (tmp_path / "run/config.yaml").read_text()  # for a repetition elsewhere
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_wandb_offline_without_a_key_has_metrics_config_and_pictures(cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    offline = ["-c", "conf/logger/wandb.yaml", "--trainer.logger.init_args.offline", "true"]
-    rows = cli(tmp_path / "run", *offline)
-    cli(tmp_path / "second", *offline)  # a run of its own
-    (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
-    assert len([*(tmp_path / "second/wandb").glob("offline-run-*")]) == 1
-    wandb = Path(sys.executable).with_name("wandb")
-    inspect = [wandb, "leet", "inspect", "--summary", "--json", folder]
-    read = json.loads(subprocess.run(inspect, capture_output=True, check=True, timeout=120).stdout)
-    assert read["config"]["model"]["network"]["init_args"]["latent"] == 10
-    for name in ("val/log_px", "snr/phi", "train/bound_phi"):
-        assert read["summary"][name] == pytest.approx(curves.column(rows, name)[1][-1])
-    for name in OF_MODEL | {"training", "snr"}:
-        picture = read["summary"][f"figures/{name}"]
-        assert picture["width"] == 900 and (folder / "files" / picture["filenames"][0]).is_file()
-    assert read["state"] == "finished"
-
-
-@pytest.mark.slow
-def test_wandb_without_a_key_is_one_message(tmp_path):
-    command = [sys.executable, "-m", "lightning_iwae", "fit", "-c", "conf/digits.yaml", "-c", "conf/logger/wandb.yaml"]
-    command += ["--trainer.default_root_dir", str(tmp_path / "run")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"HOME": str(tmp_path / "home")}
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL}
-    done = subprocess.run(command, env=environment, **options)
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert "error: trainer.logger: W&B can't begin" in done.stderr and "Traceback" not in done.stderr
-    assert "--trainer.logger.init_args.offline true" in done.stderr
 
 
 def test_overlays_laid_over_each_other(cli, tmp_path, capsys):

@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ RUN_DIRECTORY = "LIGHTNING_IWAE_RUN_DIRECTORY"  # tells processes that DDP start
 class RunFiles(SaveConfigCallback):
     """Writes config.yaml into the run's directory, and keeps metrics.csv in step with the checkpoints."""
 
+    _resumed = False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """On rank 0, before anything else is written; a test leaves the fit's own config alone."""
         if trainer.is_global_zero and stage == "fit":
@@ -53,6 +58,13 @@ class RunFiles(SaveConfigCallback):
         for logger in of_metrics(trainer):
             if "metrics.csv" in checkpoint:
                 logger.cut(**checkpoint["metrics.csv"])
+                self._resumed = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring W&B up to where metrics.csv is."""
+        for logger in of_metrics(trainer) if self._resumed else ():
+            loggers.catch_up(trainer.loggers, logger.read())
+        self._resumed = False
 
     @cached_property
     def _settings(self) -> str:
@@ -81,7 +93,13 @@ class CLI(CheckedCLI):
         self.signals = signals
         self.checkpoint: dict[str, Any] | None = None
         self.evaluated: dict[str, Any] = {"checkpoint": None, "step": None}
-        super().__init__(*args, **kwargs)
+        self.made: Path | None = None  # a fresh directory
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.made is not None:
+                with suppress(OSError):
+                    self.made.rmdir()  # if a mistake came before the first file
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything."""
@@ -95,12 +113,17 @@ class CLI(CheckedCLI):
         """Find the run directory, and the checkpoint: read and compared with the settings before anything is run."""
         config = self.config[self.subcommand]
         directory = config.trainer.default_root_dir or (os.environ[RUN_DIRECTORY] if launched() else None)
+        if directory is None and self.subcommand == "fit":
+            directory = loggers.swept()
         if config.ckpt_path in ("best", "last") and directory is None:
             raise ValueError(
                 f"ckpt_path: {config.ckpt_path} is looked for in a run's directory. Give that: "
                 f"--trainer.default_root_dir RUN."
             )
-        self.run_directory = str(directory or of_checkpoint(config.ckpt_path) or fresh_directory())
+        directory = directory or of_checkpoint(config.ckpt_path)
+        if directory is None:
+            directory = self.made = fresh_directory()
+        self.run_directory = str(directory)
         os.environ[RUN_DIRECTORY] = self.run_directory
         config.ckpt_path = self._checkpoint_path(config.ckpt_path)
         if "weights_only" in config:
@@ -121,8 +144,8 @@ class CLI(CheckedCLI):
         if self.subcommand != "fit":
             return path
         self.afresh = given == "last" and not last.exists()
-        goes_on = self.afresh or (path is not None and Path(path).resolve() == last.resolve())
-        if not goes_on and not launched() and (last.exists() or (run / "metrics.csv").exists()):
+        self.goes_on = self.afresh or (path is not None and Path(path).resolve() == last.resolve())
+        if not self.goes_on and not launched() and (last.exists() or (run / "metrics.csv").exists()):
             raise ValueError(
                 f"trainer.default_root_dir: {run} holds a run already. Go on with it by --ckpt_path last, or give "
                 f"another directory."
@@ -144,7 +167,8 @@ class CLI(CheckedCLI):
         """Loggers write below the run's directory; the config that is saved keeps what was said."""
         trainer = self.config[self.subcommand].trainer
         said = trainer.logger
-        trainer.logger = loggers.placed(said, self.run_directory) if self.subcommand == "fit" else None
+        fit = self.subcommand == "fit"
+        trainer.logger = loggers.placed(said, self.run_directory, self.goes_on) if fit else None
         super().instantiate_classes()
         trainer.logger = said
 
@@ -178,7 +202,7 @@ class CLI(CheckedCLI):
         if self.afresh:
             announce(self.trainer, "There is no checkpoint, and the run starts afresh, in")
         if self.trainer.is_global_zero:
-            loggers.start(self.trainer.loggers, self.config[self.subcommand].as_dict())
+            loggers.start(self.trainer.loggers, self.config[self.subcommand].as_dict(), self.run_directory)
 
     def after_fit(self) -> None:
         """Say where the run's files are."""
@@ -228,11 +252,20 @@ def of_checkpoint(path: str | None) -> Path | None:
 
 
 def fresh_directory() -> Path:
-    """runs/<date>-<time>, with a number behind it if that is taken."""
+    """runs/<date>-<time>, with a number behind it if that is taken. Made at once, so that no other run takes it."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError(
+            "trainer.default_root_dir must be given to a run of several processes that srun or torchrun starts: each "
+            "would take a fresh one of its own."
+        )
     stamp = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    path, number = stamp, 1
-    while path.exists():
-        path, number = stamp.with_name(f"{stamp.name}-{number}"), number + 1
+    for number in count():
+        path = stamp if number == 0 else stamp.with_name(f"{stamp.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        break
     return path
 
 
@@ -288,6 +321,8 @@ def run(args: list[str] | None) -> None:
                 args=args,
                 signals=signals,
             )
-    except Interrupted:
+    except Interrupted as stop:
+        if stop.signal == signal.SIGUSR1:  # SIGTERM may be from W&B's own stop button
+            loggers.preempted()
         if not started_by_another:  # it speaks for both, and would be killed if this one failed
             raise
