@@ -158,7 +158,7 @@ def read(tree: Any, base: Mapping[str, Any]) -> Space:
 def parameter(key: str, spec: Any) -> Parameter:
     """One key of the space."""
     where = f"space.{key}"
-    spec = {"choices": spec} if isinstance(spec, list) else spec
+    spec = {"choices": spec} if isinstance(spec, list) else dict(spec) if isinstance(spec, dict) else spec
     if not isinstance(spec, dict):
         raise Mistake(f"{where} must be a list of choices, {{low, high}} or {{divisors_of}}. Got {shown(spec)}.")
     for name in spec:

@@ -20,7 +20,7 @@ from .storage import shown
 from .study import POLL, Study, Taken, attempts, is_over
 from .trial import Trial, fit_words
 
-WIDTH = 14  # of a column of the progress table
+WIDTH = 16  # of a column of the progress table
 
 
 class Progress:

@@ -1,0 +1,418 @@
+"""Sweeps: every trial ends, and counts once, whatever happens to fits, workers and the storage."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
+
+from lightning_iwae.mistakes import Mistake
+from lightning_iwae.sweep import page, settings, storage, study, trial
+
+from .test_cli import ROOT
+
+SWEEP = {
+    "study": "s",
+    "configs": ["conf/digits.yaml"],
+    "space": {"kind": ["good"], "value": {"low": 0, "high": 99}},
+    "trials": 4,
+    "heartbeat": 0.2,
+    "grace": 1.5,
+    "launcher": [sys.executable, "-m", "tests.sweep_worker", "--fit"],
+}
+
+
+def write(folder, **changes):
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(SWEEP | changes))
+    return path
+
+
+def start(folder, *args):
+    """A worker, as the command line starts it."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.sweep_worker",
+        "-c",
+        str(folder / "sweep.yaml"),
+        "--out",
+        str(folder / "out"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [*command, *args], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(worker, status=0):
+    out, _ = worker.communicate(timeout=120)
+    assert worker.returncode == status, out
+    return out
+
+
+def wait_for(condition, worker, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and worker.poll() is None, worker.communicate(timeout=5)
+        time.sleep(0.02)
+
+
+def load(folder, url=None, name="s"):
+    return optuna.load_study(study_name=name, storage=url or f"sqlite:///{folder / 'out' / 'study.db'}")
+
+
+def slots(loaded):
+    """slot -> the states of its attempts, in order."""
+    return {slot: [t.state.name for t in tried] for slot, tried in study.attempts(loaded.trials).items()}
+
+
+def starts(folder, slot):
+    return (folder / f"out/runs/{slot:03}/starts.txt").read_text().split()
+
+
+# ------------------------------------------------------------------------------------------------ one worker
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """A sweep over a grid of everything that can happen to a fit."""
+    folder = tmp_path_factory.mktemp("faults")
+    kinds = ["good", "killed once", "full once", "full", "diverges", "mistake"]
+    write(folder, sampler="grid", trials=None, retries=2, space={"kind": kinds})
+    text = yaml.safe_load((folder / "sweep.yaml").read_text())
+    del text["trials"]
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(text))
+    return folder, finish(start(folder))
+
+
+def test_a_fit_that_breaks_is_begun_again_and_one_that_cannot_succeed_is_marked(faults):
+    folder, _ = faults
+    assert slots(load(folder)) == {
+        0: ["COMPLETE"],
+        1: ["FAIL", "COMPLETE"],
+        2: ["FAIL", "COMPLETE"],
+        3: ["FAIL", "FAIL", "FAIL"],  # two retries
+        4: ["FAIL"],
+        5: ["FAIL"],
+    }
+
+
+def test_the_reason_is_the_fits_own_and_its_log_is_kept(faults):
+    folder, out = faults
+    last = {slot: tried[-1].user_attrs for slot, tried in study.attempts(load(folder).trials).items()}
+    assert last[3]["reason"] == "exit status 1: OSError: [Errno 28] No space left on device"
+    assert last[4]["reason"] == "exit status 1: Step 1: the bound is not finite, by log p(x|z) in 3 of 9."
+    assert last[5]["reason"] == "exit status 2: model.phi.particles must divide samples. Got 3."
+    first = study.attempts(load(folder).trials)[1][0].user_attrs
+    assert first["reason"] == "killed by SIGKILL; out of memory?"
+    for slot in last:
+        assert (folder / f"out/runs/{slot:03}/log.txt").read_text().startswith("$ ")
+    assert "6 trials: 3 finished, 3 failed; 4 begun again" in out
+
+
+def test_a_broken_fit_goes_on_where_it_was(faults):
+    folder, _ = faults
+    with open(folder / "out/runs/001/metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2", "3", "4"]
+    assert len(starts(folder, 1)) == 2
+
+
+def test_the_objective_is_the_best_validations(faults):
+    folder, _ = faults
+    (good, *_) = study.attempts(load(folder).trials)[0]
+    assert good.values == [0.0] and good.user_attrs["point"] == {"kind": "good"}  # 0 - (3 - 3)^2, not the last
+
+
+def test_the_report_has_every_trial_its_reason_and_its_log(faults):
+    folder, _ = faults
+    text = (folder / "out/sweep.md").read_text()
+    assert text.count("| finished |") == 3 and text.count("| failed |") == 3
+    assert "trial 3, attempt 3: exit status 1: OSError: [Errno 28] No space left on device" in text
+    html = (folder / "out/sweep.html").read_text()
+    assert "runs/003/log.txt" in html and html.count("data:image/png;base64") >= 1
+    assert 'src="http' not in html and 'href="http' not in html
+
+
+def test_started_again_it_has_nothing_to_do_and_more_trials_may_be_asked_for(tmp_path):
+    write(tmp_path)
+    finish(start(tmp_path))
+    before = [t.number for t in load(tmp_path).trials]
+    finish(start(tmp_path))
+    assert [t.number for t in load(tmp_path).trials] == before == [0, 1, 2, 3]
+    finish(start(tmp_path, "--trials", "6"))
+    assert slots(load(tmp_path)) == {i: ["COMPLETE"] for i in range(6)}
+
+
+def test_one_worker_repeats_a_sweep_exactly(tmp_path):
+    params = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, trials=12)
+        finish(start(tmp_path / name))
+        params.append([t.params for t in load(tmp_path / name).trials])
+    assert params[0] == params[1] and len({p["value"] for p in params[0]}) > 5
+
+
+def test_seeds_of_a_trial_are_averaged(tmp_path):
+    write(tmp_path, seeds=3, trials=1, space={"value": [10]})
+    finish(start(tmp_path))
+    (t,) = load(tmp_path).trials
+    assert t.user_attrs["of_seeds"] == [[10.0], [11.0], [12.0]] and t.values == [11.0]
+    assert sorted(p.name for p in (tmp_path / "out/runs").iterdir() if p.is_dir()) == [
+        f"000-seed-{i}" for i in range(3)
+    ]
+    assert "11.0000 ± 0.5774" in (tmp_path / "out/sweep.md").read_text()  # 1 / sqrt(3)
+
+
+def test_two_objectives_are_read_from_one_validation_and_give_a_pareto_front(tmp_path):
+    write(tmp_path, objective={"val/log_px": "maximize", "val/ess": "minimize"}, trials=5)
+    finish(start(tmp_path))
+    values = [t.values for t in load(tmp_path).trials]
+    assert all(ess == 0.3 for _, ess in values)  # at step 3, where log_px is best
+    assert "Pareto front" in (tmp_path / "out/sweep.html").read_text()
+
+
+def test_pruning_stops_the_fit_and_counts_as_an_end(tmp_path):
+    pruner = {"class_path": "ThresholdPruner", "init_args": {"lower": 50.0}}
+    space = {"value": [0, 90]}
+    text = SWEEP | {"sampler": "grid", "pruner": pruner, "space": space}
+    del text["trials"]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(text))
+    finish(start(tmp_path))
+    assert slots(load(tmp_path)) == {0: ["PRUNED"], 1: ["COMPLETE"]}
+
+
+def test_a_signal_gives_the_trial_back_and_the_next_worker_goes_on_with_it(tmp_path):
+    write(tmp_path, space={"kind": ["slow"]}, trials=1)
+    worker = start(tmp_path)
+    wait_for(lambda: (tmp_path / "out/runs/000/metrics.csv").exists(), worker)
+    worker.send_signal(signal.SIGTERM)
+    out = finish(worker, 143)
+    assert "SIGTERM: stopped. The same command goes on with study s." in out and "Traceback" not in out
+    finish(start(tmp_path))
+    assert slots(load(tmp_path)) == {0: ["FAIL", "COMPLETE"]}
+    assert study.attempts(load(tmp_path).trials)[0][0].user_attrs["outcome"] == "returned"
+
+
+# ------------------------------------------------------------------------------------------------ several workers
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_workers_racing_for_a_fresh_study_share_it(tmp_path, kind):
+    write(tmp_path, trials=7)
+    url = f"{kind}:///{tmp_path / 'shared'}"
+    workers = [start(tmp_path, "--storage", url) for _ in range(3)]
+    outs = [finish(worker) for worker in workers]
+    loaded = optuna.load_study(study_name="s", storage=storage.open_storage(url))
+    assert slots(loaded) == {i: ["COMPLETE"] for i in range(7)}
+    assert [len(starts(tmp_path, i)) for i in range(7)] == [1] * 7
+    assert sum(t.state == TrialState.COMPLETE for t in loaded.trials) == 7
+    assert all("7 trials: 7 finished; none begun again" in out for out in outs)
+    assert len({t.user_attrs["worker"] for t in study_trials(loaded)}) > 1
+
+
+def study_trials(loaded):
+    return [t for t in loaded.trials if t.state == TrialState.COMPLETE]
+
+
+def test_a_worker_that_is_killed_takes_its_fit_along_and_another_goes_on(tmp_path):
+    write(tmp_path, space={"kind": ["slow"]}, trials=1)
+    worker = start(tmp_path)
+    wait_for(lambda: (tmp_path / "out/runs/000/metrics.csv").exists(), worker)
+    worker.kill()
+    worker.wait()
+    (pid,) = starts(tmp_path, 0)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    out = finish(start(tmp_path))
+    assert slots(load(tmp_path)) == {0: ["FAIL", "COMPLETE"]}
+    assert "its worker gave no sign of life for 2 s: killed, or cut off" in out
+
+
+def test_a_worker_that_was_cut_off_loses_its_trial_and_its_fit_never_runs_beside_the_new_one(tmp_path):
+    write(tmp_path, space={"kind": ["slow"]}, trials=1)
+    silent = start(tmp_path)
+    wait_for(lambda: (tmp_path / "out/runs/000/metrics.csv").exists(), silent)
+    silent.send_signal(signal.SIGSTOP)  # its fit lives, and holds the run's lock
+    other = start(tmp_path)
+    wait_for(lambda: slots(load(tmp_path)) == {0: ["FAIL", "RUNNING"]}, other)
+    time.sleep(1)
+    assert len(starts(tmp_path, 0)) == 1
+    silent.send_signal(signal.SIGCONT)
+    out = finish(silent)
+    assert "A trial of this worker has been given to another" in out
+    finish(other)
+    assert slots(load(tmp_path)) == {0: ["FAIL", "COMPLETE"]} and len(starts(tmp_path, 0)) == 2
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+def test_what_is_missing_can_be_put_in_twice_and_counts_once(tmp_path):
+    sweep = settings.parsed(SWEEP | {"trials": 3})
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    one, two = (study.Study(sweep, url, print) for _ in range(2))
+    before = one.trials()
+    one._fill()
+    two.trials = lambda: before  # it looked before the other wrote
+    two._fill()
+    del two.trials
+    assert len(one.trials()) == 6 and not study.missing(one.trials(), 3, 0)
+    taken = [worker.claim() for worker in (one, two, one, two, one)]
+    assert [t and t.number for t in taken] == [0, 1, 2, None, None]
+    assert Counter(t.state for t in one.trials()) == {TrialState.RUNNING: 3, TrialState.FAIL: 3}
+    for worker, t in zip((one, two, one), taken, strict=False):
+        worker.finish(t, study.Ended("finished", (1.0,)))
+    assert one.is_over() and two.is_over()
+
+
+def test_who_was_too_slow_cannot_finish_the_trial(tmp_path):
+    sweep = settings.parsed(SWEEP | {"trials": 1, "heartbeat": 0.01, "grace": 0.05})
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    slow, other = (study.Study(sweep, url, print) for _ in range(2))
+    mine = slow.claim()
+    deadline = time.monotonic() + 10
+    while (theirs := other.claim()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for act in (slow.beat, lambda t: slow.report(t, 0.0, 1), lambda t: slow.finish(t, study.Ended("finished", (9.0,)))):
+        with pytest.raises(study.Taken):
+            act(mine)
+    other.finish(theirs, study.Ended("finished", (1.0,)))
+    assert [t.values for t in other.trials() if t.state == TrialState.COMPLETE] == [[1.0]]
+
+
+def test_a_sign_of_life_keeps_a_trial_for_as_long_as_it_takes(tmp_path):
+    sweep = settings.parsed(SWEEP | {"trials": 1, "heartbeat": 0.01, "grace": 0.3})
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    slow, other = (study.Study(sweep, url, print) for _ in range(2))
+    mine, end = slow.claim(), time.monotonic() + 1.5
+    while time.monotonic() < end:
+        slow.note(mine, "sign", time.monotonic())
+        assert other.claim() is None
+        time.sleep(0.05)
+    slow.finish(mine, study.Ended("finished", (1.0,)))
+    assert other.is_over()
+
+
+def test_a_joiner_with_other_settings_is_refused_by_key(tmp_path):
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    study.Study(settings.parsed(SWEEP), url, print).join({"model.samples": 8})
+    study.Study(settings.parsed(SWEEP | {"trials": 9, "retries": 0}), url, print).join({"model.samples": 8})
+    with pytest.raises(Mistake, match=r"config: model\.samples must be 8, as when study s was begun\. Got 16"):
+        study.Study(settings.parsed(SWEEP), url, print).join({"model.samples": 16})
+    with pytest.raises(Mistake, match=r"sweep: seeds must be 1, .* Got 2"):
+        study.Study(settings.parsed(SWEEP | {"seeds": 2}), url, print).join({"model.samples": 8})
+
+
+# ------------------------------------------------------------------------------------------------ the storage
+class Flaky:
+    """Something that asks a storage which does not answer for a while."""
+
+    def __init__(self, failures, patience=5.0):
+        self.failures, self.patience = failures, patience
+        self.url, self.answering, self.said = "postgresql://me:s%40cret@host/db", 0.0, []
+        self.say = self.said.append
+
+    @storage.patient
+    def ask(self):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise StorageInternalError("no") from ConnectionError("host is down for me:s@cret, s%40cret")
+        return "answer"
+
+
+def test_a_storage_that_does_not_answer_is_waited_for(monkeypatch):
+    monkeypatch.setattr(storage, "PAUSE", 0.01)
+    flaky = Flaky(3)
+    assert flaky.ask() == "answer" and flaky.answering > 0
+    assert flaky.said == [
+        "The storage does not answer, and is asked again: host is down for me:***, ***",
+        "The storage answers again.",
+    ]
+
+
+def test_but_not_for_ever_and_the_password_is_not_told(monkeypatch):
+    monkeypatch.setattr(storage, "PAUSE", 0.01)
+    with pytest.raises(Mistake) as caught:
+        Flaky(10**6, patience=0.1).ask()
+    told = str(caught.value)
+    assert "storage: postgresql://me:***@host/db has not answered for" in told and "cret" not in told
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        (
+            "nonsense",
+            "storage must be sqlite:///FILE, journal:///FILE or postgresql://USER@HOST/DATABASE. Got nonsense",
+        ),
+        ("mysql://me:secret@host/db", "storage: mysql needs pymysql: pip install pymysql"),
+        ("oracle+none://me:secret@host/db", "Got oracle+none://me:***@host/db"),
+    ],
+)
+def test_a_wrong_url_is_refused_without_its_password(url, told):
+    with pytest.raises(Mistake) as caught:
+        storage.open_storage(url)
+    assert told in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_no_secret_is_in_anything_that_a_sweep_writes(tmp_path, monkeypatch):
+    for name in (storage.VARIABLE, "PGPASSWORD", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, f"sqlite:///{tmp_path / 'hunter2.db'}" if name == storage.VARIABLE else "hunter2")
+    write(tmp_path, trials=2, space={"kind": ["good", "mistake"]}, retries=0)
+    out = finish(start(tmp_path))
+    written = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert len(written) > 4
+    assert not [p for p in written if b"hunter2" in p.read_bytes().replace(b"hunter2.db", b"")]
+    assert "hunter2" not in out.replace("hunter2.db", "")
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+def test_seconds_are_written_as_lightning_wants_them():
+    assert [trial.days(s) for s in (1, 59.5, 3600, 90061)] == [
+        "00:00:00:01",
+        "00:00:01:00",
+        "00:01:00:00",
+        "01:01:01:01",
+    ]
+
+
+def test_metrics_are_read_as_they_grow(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = trial.Metrics(path, ["val/log_px"], [1.0])
+    assert list(metrics.new()) == []
+    path.write_text("step,train/x,val/log_px\n0,1,\n1,,-5.0\n2,,-4")
+    metrics.rest = 0
+    assert list(metrics.new()) == [(1, (-5.0,))]  # the last line may be half of -4.75
+    path.write_text("step,train/x,val/log_px\n0,1,\n1,,-5.0\n2,,-4.75\n3,,nan\n")
+    metrics.rest = 0
+    assert [step for step, _ in metrics.new()] == [2, 3]
+    assert metrics.best() == (-4.75,)
+
+
+def test_the_front_is_what_no_other_beats_in_all():
+    sweep = settings.parsed(SWEEP | {"objective": {"val/log_px": "maximize", "val/kl_q_posterior": "minimize"}})
+    values = [(1.0, 1.0), (2.0, 2.0), (0.5, 2.0), (2.0, 3.0), (3.0, 9.0)]
+    rows = [page.Row(i, "finished", v, (), {}, 1.0, 1, [], "", "") for i, v in enumerate(values)]
+    assert [row.slot for row in page.best(rows, sweep)] == [0, 1, 4]
+
+
+@contextmanager
+def without(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    yield
+
+
+def test_without_optuna_the_extra_is_named(monkeypatch):
+    from lightning_iwae import sweep
+
+    with without("optuna", monkeypatch), pytest.raises(Mistake, match=r"pip install 'lightning-iwae\[sweep\]'"):
+        sweep.main(["-c", "x.yaml"])

@@ -1,0 +1,190 @@
+"""The search space and a sweep's YAML: what they mean, and what is refused."""
+
+import itertools
+
+import optuna
+import pytest
+import yaml
+
+from lightning_iwae.mistakes import Mistake
+from lightning_iwae.sweep import settings, space
+
+BASE = {"model.samples": 64, "model.phi.estimator": "iwae", "model.network": "x"}
+CONDITIONAL = {
+    "model.samples": [4, 6],
+    "model.phi.particles": {"divisors_of": "model.samples"},
+    "model.phi.estimator": ["iwae", "ciwae"],
+    "model.phi.beta": {"low": 0.0, "high": 1.0, "step": 0.5, "when": {"model.phi.estimator": "ciwae"}},
+}
+
+
+def by_hand():
+    """The grid of CONDITIONAL, written out."""
+    for samples, estimator in itertools.product([4, 6], ["iwae", "ciwae"]):
+        for particles in {4: [1, 2, 4], 6: [1, 2, 3, 6]}[samples]:
+            for beta in [0.0, 0.5, 1.0] if estimator == "ciwae" else [None]:
+                yield samples, particles, estimator, beta
+
+
+def key(point):
+    return tuple(point.get(name) for name in CONDITIONAL)
+
+
+def test_a_grid_has_every_point_once():
+    points = [point for point, _ in space.read(CONDITIONAL, BASE).points(BASE)]
+    assert sorted(map(key, points), key=str) == sorted(by_hand(), key=str)
+    assert all(("model.phi.beta" in point) == (point["model.phi.estimator"] == "ciwae") for point in points)
+
+
+def test_the_studys_parameters_of_a_grids_point_lead_back_to_it():
+    study = optuna.create_study()
+    read = space.read(CONDITIONAL, BASE)
+    for point, names in read.points(BASE):
+        study.enqueue_trial(names)
+        trial = study.ask()
+        assert read.suggest(trial, BASE) == point
+        study.tell(trial, 0.0)
+
+
+def test_a_sampler_stays_in_the_space_and_reaches_all_of_it():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    read, seen = space.read(CONDITIONAL, BASE), set()
+    for _ in range(400):
+        trial = study.ask()
+        seen.add(key(read.suggest(trial, BASE)))
+        study.tell(trial, 0.0)
+    assert seen == set(by_hand())
+
+
+def test_ranges():
+    read = space.read({"a": {"low": 1, "high": 9, "step": 4}, "b": {"low": 1e-4, "high": 1.0, "log": True}}, BASE)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = [read.suggest(study.ask(), BASE) for _ in range(300)]
+    assert {p["a"] for p in points} == {1, 5, 9} and all(type(p["a"]) is int for p in points)
+    below = sum(p["b"] < 1e-2 for p in points)
+    assert 110 < below < 190  # half of them, on a logarithmic scale
+
+
+def test_divisors_of_a_setting_of_the_config_keep_the_keys_name():
+    (p,) = space.read({"model.phi.particles": {"divisors_of": "model.samples"}}, BASE).parameters
+    assert p.name(BASE) == "model.phi.particles" and p.finite(BASE) == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_lists_and_mappings_may_be_chosen():
+    read = space.read({"model.network.init_args.hidden": [[10], [20, 20]]}, BASE)
+    points = list(read.points(BASE))
+    assert [p["model.network.init_args.hidden"] for p, _ in points] == [[10], [20, 20]]
+    study = optuna.create_study()
+    study.enqueue_trial(points[1][1])
+    assert read.suggest(study.ask(), BASE) == points[1][0]
+
+
+def test_the_points_that_are_tried_first_set_every_key():
+    read = space.read(CONDITIONAL, BASE)
+    for p in read.parameters:
+        assert p.key in read.first(BASE, p)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({}, "space must map dotted keys"),
+        ({"a": 3}, "space.a must be a list of choices, {low, high} or {divisors_of}. Got 3"),
+        ({"a": []}, "space.a.choices must be a list that is not empty"),
+        ({"a": {"low": 1}}, "space.a must have choices, low and high (and log or step), or divisors_of. Got low"),
+        ({"a": {"low": 1, "high": 2, "logg": True}}, "space.a: unknown key 'logg'. Did you mean log?"),
+        ({"a": {"low": "1e-4", "high": 1.0}}, "space.a.low must be a number. Got '1e-4'. Write 0.0001"),
+        ({"a": {"low": 2, "high": 1}}, "space.a: low must be less than high. Got 2 and 1"),
+        ({"a": {"low": 0.0, "high": 1.0, "log": True}}, "space.a: low must be positive with log. Got 0.0"),
+        ({"a": {"low": 0.0, "high": 1.0, "log": 1}}, "space.a.log must be true or false. Got 1"),
+        ({"a": {"low": 0, "high": 1, "step": 0}}, "space.a.step must be a positive number. Got 0"),
+        ({"a": {"divisors_of": "model.sample"}}, "space.a.divisors_of: 'model.sample' must be a key of the space"),
+        ({"a": {"divisors_of": "model.sample"}}, "Did you mean model.samples?"),
+        ({"a": {"divisors_of": "model.network"}}, "model.network must be a whole number in the config. Got 'x'"),
+        (
+            {"a": {"choices": [1], "when": {"b": 1}}, "b": [1]},
+            "space.a.when: 'b' must be a key of the space",
+        ),
+        ({"a": {"choices": [1], "when": 1}}, "space.a.when must be {key: value} or {key: [values]}. Got 1"),
+    ],
+)
+def test_a_wrong_space_is_refused_by_name(spec, told):
+    with pytest.raises(Mistake) as caught:
+        space.read(spec, BASE)
+    assert told in str(caught.value)
+
+
+def test_a_grid_over_a_range_without_steps_is_refused():
+    with pytest.raises(Mistake, match=r"space\.a must be a list, or have a step, for sampler: grid"):
+        list(space.read({"a": {"low": 0.0, "high": 1.0}}, BASE).points(BASE))
+
+
+# ------------------------------------------------------------------------------------------------ the YAML
+GOOD = {"study": "s", "configs": ["conf/digits.yaml"], "space": {"a": [1, 2]}, "trials": 3}
+
+
+def test_defaults():
+    sweep = settings.parsed(dict(GOOD))
+    assert sweep.objectives == {"val/log_px": "maximize"} and not sweep.grid
+    assert isinstance(sweep.make_sampler(3), optuna.samplers.TPESampler)
+    assert isinstance(sweep.make_pruner(), optuna.pruners.NopPruner)
+
+
+def test_samplers_are_seeded_trial_by_trial():
+    sweep = settings.parsed(GOOD | {"sampler": "RandomSampler"})
+    draws = []
+    for seed in (1, 1, 2):
+        study = optuna.create_study(sampler=sweep.make_sampler(seed))
+        draws.append(study.ask().suggest_float("x", 0, 1))
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"trails": 3}, "unknown key 'trails'. Did you mean trials?"),
+        ({"study": "a b"}, "study must be a name of letters, digits, . _ -. Got 'a b'"),
+        ({"trials": 0}, "trials must be a whole number from 1 on. Got 0"),
+        ({"trials": True}, "trials must be a whole number from 1 on. Got true"),
+        ({"configs": "conf/digits.yaml"}, "configs must be a list of config files"),
+        (
+            {"objective": "train/bound_theta"},
+            "'train/bound_theta' must be a validation metric. A",
+        ),
+        ({"objective": {"val/ess": "up"}}, "objective.val/ess must be maximize or minimize. Got 'up'"),
+        ({"sampler": "TPE"}, "sampler.class_path: no class 'TPE' is known"),
+        ({"sampler": {"class_path": "TPESampler", "init_args": {"n_start": 1}}}, "sampler: TPESampler: "),
+        ({"sampler": {"class": "TPESampler"}}, "sampler must be a class_path, or {class_path, init_args}"),
+        ({"sampler": "MedianPruner"}, "sampler.class_path: "),
+        ({"sampler": "grid"}, "trials must be left out with sampler: grid"),
+        ({"pruner": "MedianPrunner"}, "pruner.class_path: no class 'MedianPrunner' is known. Did you mean"),
+        (
+            {"pruner": "MedianPruner", "objective": {"val/log_px": "maximize", "val/ess": "maximize"}},
+            "pruner must be null with several objectives",
+        ),
+        ({"budget": {"step": 3}}, "budget must be {steps: N} or {seconds: S}"),
+        ({"budget": {"steps": 3.5}}, "budget must be {steps: N} or {seconds: S}"),
+        ({"grace": 5}, "grace must be at least twice the heartbeat (10.0 s). Got 5"),
+        ({"retries": -1}, "retries must be a whole number from 0 on. Got -1"),
+        ({"evaluate": "yes"}, "evaluate must be true or false. Got 'yes'"),
+    ],
+)
+def test_a_wrong_yaml_is_refused_by_file_and_key(change, told, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(GOOD | change))
+    with pytest.raises(Mistake) as caught:
+        settings.read(str(path))
+    assert str(caught.value).startswith(f"{path}: ") and told in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["study", "configs", "space", "trials"])
+def test_what_is_missing_is_named(key):
+    with pytest.raises(Mistake, match=f"{key} is missing: expected "):
+        settings.parsed({k: v for k, v in GOOD.items() if k != key})
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2\n")
+    for name, told in (("none.yaml", "No such file"), ("bad.yaml", "line 2: not valid YAML")):
+        with pytest.raises(Mistake, match=told):
+            settings.read(str(tmp_path / name))
