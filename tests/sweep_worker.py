@@ -1,5 +1,7 @@
 """A sweep's worker whose fits take no time: `python -m tests.sweep_worker OPTIONS` is `lightning_iwae sweep OPTIONS`.
 
+Without `--page` it leaves the report out.
+
 As a launcher, `python -m tests.sweep_worker --fit`, it stands in for each fit. What it does is chosen by the key `kind`
 of the space; `value` is its objective. It goes on from the rows that it finds, as a fit with --ckpt_path last does.
 """
@@ -49,8 +51,10 @@ if __name__ == "__main__":
         fit(sys.argv[2:])
     else:
         from lightning_iwae import cli
-        from lightning_iwae.sweep import storage, worker
+        from lightning_iwae.sweep import page, storage, worker
 
         worker.printed = lambda words: yaml.safe_dump(SETTINGS)
         storage.PAUSE = 0.2
-        cli.main(["sweep", *sys.argv[1:]])
+        if "--page" not in sys.argv:  # takes as long as all the rest
+            page.write = lambda study, out: print(page.subtitle(page.table(study), study))
+        cli.main(["sweep", *(word for word in sys.argv[1:] if word != "--page")])

@@ -91,7 +91,7 @@ def faults(tmp_path_factory):
     text = yaml.safe_load((folder / "sweep.yaml").read_text())
     del text["trials"]
     (folder / "sweep.yaml").write_text(yaml.safe_dump(text))
-    return folder, finish(start(folder))
+    return folder, finish(start(folder, "--page"))
 
 
 def test_a_fit_that_breaks_is_begun_again_and_one_that_cannot_succeed_is_marked(faults):
@@ -164,7 +164,7 @@ def test_one_worker_repeats_a_sweep_exactly(tmp_path):
 
 def test_seeds_of_a_trial_are_averaged(tmp_path):
     write(tmp_path, seeds=3, trials=1, space={"value": [10]})
-    finish(start(tmp_path))
+    finish(start(tmp_path, "--page"))
     (t,) = load(tmp_path).trials
     assert t.user_attrs["of_seeds"] == [[10.0], [11.0], [12.0]] and t.values == [11.0]
     assert sorted(p.name for p in (tmp_path / "out/runs").iterdir() if p.is_dir()) == [
@@ -175,7 +175,7 @@ def test_seeds_of_a_trial_are_averaged(tmp_path):
 
 def test_two_objectives_are_read_from_one_validation_and_give_a_pareto_front(tmp_path):
     write(tmp_path, objective={"val/log_px": "maximize", "val/ess": "minimize"}, trials=5)
-    finish(start(tmp_path))
+    finish(start(tmp_path, "--page"))
     values = [t.values for t in load(tmp_path).trials]
     assert all(ess == 0.3 for _, ess in values)  # at step 3, where log_px is best
     assert "Pareto front" in (tmp_path / "out/sweep.html").read_text()

@@ -1,6 +1,7 @@
 """The report of a study: one HTML page that needs nothing else, and a Markdown table."""
 
 import base64
+import io
 import os
 import shlex
 import warnings
@@ -12,7 +13,6 @@ import jinja2
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import report
-from ..figures import png, render
 from ..writing import replacing
 from .settings import Sweep
 from .storage import shown
@@ -199,8 +199,9 @@ def values(i: int) -> Callable[[FrozenTrial], float]:
 
 def picture(draw: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """A data URI of what Optuna draws, or nothing if it can't be drawn of these trials."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib import pyplot, use
 
+    use("agg")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -208,12 +209,8 @@ def picture(draw: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         except (ValueError, RuntimeError):  # one value of each parameter, or of the objective
             return ""
         axes.set_title("")
-        drawn = axes.figure
-        drawn.set_size_inches(9, 5)
-        FigureCanvasAgg(drawn)
-        drawn.tight_layout()
-        uri = base64.b64encode(png(render(drawn))).decode()
-    from matplotlib import pyplot
-
-    pyplot.close(drawn)
-    return f"data:image/png;base64,{uri}"
+        axes.figure.set_size_inches(9, 5)
+        file = io.BytesIO()
+        axes.figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
+    pyplot.close(axes.figure)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

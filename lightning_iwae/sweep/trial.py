@@ -151,7 +151,9 @@ class Trial:
         words = fit_words(self.sweep, self.point, self.seed + index)
         place = [f"--trainer.default_root_dir={path}"]
         with one_at_a_time(path, self._look) as lock:
-            status, pruned = self._process([*words, *place, "--ckpt_path=last"], path, lock, metrics, index == 0)
+            reporting = index == 0 and len(metrics.objectives) == 1  # Optuna prunes by one objective
+            command = [*words, *place, "--ckpt_path=last"]
+            status, pruned = self._process(command, path, lock, metrics, reporting)
             if pruned:
                 return Ended("pruned", metrics.best() or ())
             if status == 0 and self.sweep.evaluate and self.signals.received == 0:
