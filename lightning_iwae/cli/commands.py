@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from .. import resume
 from ..callbacks import Checkpoints, Predictions
+from ..ddp import LostProcess, is_lost, message
 from ..evaluation import table
 from ..metrics_csv import MetricsCSV
 from ..mistakes import Mistake
@@ -81,7 +82,12 @@ class CLI(CheckedCLI):
         self.signals = signals
         self.checkpoint: dict[str, Any] | None = None
         self.evaluated: dict[str, Any] = {"checkpoint": None, "step": None}
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise LostProcess(message(self.trainer)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything."""
