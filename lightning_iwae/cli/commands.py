@@ -272,6 +272,7 @@ def quieten() -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec")
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # on a login node all is well without
 
 
 def run(args: list[str] | None) -> None:
