@@ -210,16 +210,31 @@ def test_a_mistake_fails_once_and_what_is_cancelled_stays_so(cluster):
 
 # ------------------------------------------------------------------------------------------------------------- sweep
 SWEEP = """
-study: {name: tiny, trials: 4}
+study: tiny
+configs: [tiny.yaml]
+space: {model.optimizer_phi.init_args.lr: {low: 1.0e-3, high: 1.0e-2, log: true}}
+trials: 4
+budget: {steps: 100}
 """
 
 
 @pytest.mark.skipif("sweep" not in COMMANDS, reason="there is no command sweep yet")
 def test_two_tasks_of_an_array_work_on_one_study(cluster):
+    optuna = pytest.importorskip("optuna")
     (cluster.folder / "sweep.yaml").write_text(SWEEP)
-    cluster.env["LIGHTNING_IWAE_STORAGE"] = f"sqlite:///{cluster.folder}/study.db"
+    storage = f"sqlite:///{cluster.folder}/study.db"
+    cluster.env["LIGHTNING_IWAE_STORAGE"] = storage
     script = str(ROOT / "sweeps/slurm/sweep.sbatch")
-    job = cluster("sbatch", "--parsable", "--array=0-1", "--cpus-per-task=1", script, "-c", "sweep.yaml")
-    for task in (f"{job}_0", f"{job}_1"):
+    array = cluster("sbatch", "--parsable", "--array=0-1", "--cpus-per-task=1", script, "-c", "sweep.yaml")
+    tasks, runs = [f"{array}_0", f"{array}_1"], cluster.folder / f"runs/sweep-{array}"
+    cluster.wait(tasks[0], lambda: len(list(runs.glob("**/metrics.csv"))) == 2)  # both are in a trial
+    cluster("scontrol", "requeue", tasks[0])
+    cluster.restart(tasks[0], 1)
+    for task in tasks:
         cluster.wait(task, "COMPLETED")
-    assert (cluster.folder / f"runs/sweep-{job}").is_dir()
+    assert [cluster.about(task)["Restarts"] for task in tasks] == ["1", "0"]
+    (study,) = optuna.get_all_study_names(storage)
+    trials = optuna.load_study(study_name=study, storage=storage).trials
+    done = [trial.params for trial in trials if trial.state.is_finished() and trial.value is not None]
+    assert len(done) == 4
+    assert len(list(runs.glob("**/last.ckpt"))) == 4
