@@ -41,8 +41,8 @@ class DDP(DDPStrategy):
     """Lightning's DDP, in which no process waits long for one that is lost, and none stays behind.
 
     One that was killed is noticed by the next all-reduce, as its connections are closed. One that hangs, or whose
-    machine is cut off, is waited for as long as `timeout` says: as long as nothing that one process does alone, a
-    figure or a checkpoint, may take. Downloads are waited for in any case.
+    machine is cut off, is waited for as long as `timeout` says, which must be more than a figure or a checkpoint takes,
+    as one process makes them alone. Downloads are waited for in any case.
 
     Args:
         timeout: seconds.
@@ -60,8 +60,10 @@ class DDP(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Leave none behind of those that this process started, which may hang."""
         super().on_exception(exception)
-        if is_lost(exception):
-            self.launcher.kill(signal.SIGKILL)  # type: ignore[union-attr]
+        if isinstance(self.launcher, Launcher):
+            self.launcher.ending = True
+            if is_lost(exception):
+                self.launcher.kill(signal.SIGKILL)
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -70,6 +72,7 @@ class Launcher(_SubprocessScriptLauncher):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.children: list[subprocess.Popen] = []
+        self.ending = False  # this process is on its way out, and will say why
 
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other processes of this machine, unless srun or torchrun has, and call `function`."""
@@ -88,6 +91,8 @@ class Launcher(_SubprocessScriptLauncher):
 
     def _end(self) -> None:
         time.sleep(GRACE)  # in a daemon thread: not if the process ends meanwhile
+        if self.ending:
+            return
         print(f"error: {message(self.trainer)}", file=sys.stderr, flush=True)
         self.kill(signal.SIGKILL)
         os._exit(1)

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_iwae.ddp import DDP, is_lost, watch
+from lightning_iwae.ddp import DDP, Launcher, is_lost, watch
 
 from .slow.test_ddp_run import child, wait_until_gone
 from .slow.test_kills import lines, start, wait_for
@@ -106,6 +108,21 @@ def test_the_watch_ends_the_run_for_a_process_that_failed(code, calls):
     if calls:
         assert called == [[None, 3]]  # at once, and not when the other is done
     processes[0].wait()
+
+
+@pytest.mark.parametrize("ending", [True, False])
+def test_the_watch_speaks_for_a_process_that_is_busy_but_not_for_one_that_ends(ending, monkeypatch, capsys):
+    statuses = []
+    monkeypatch.setattr("lightning_iwae.ddp.GRACE", 0)
+    monkeypatch.setattr("lightning_iwae.ddp.os._exit", statuses.append)
+    launcher = Launcher(None, 2, 1)
+    state = SimpleNamespace(fn=TrainerFn.TESTING)
+    launcher.trainer = SimpleNamespace(global_rank=0, world_size=2, global_step=7, state=state)
+    launcher.ending = ending
+    launcher._end()
+    said = capsys.readouterr().err
+    assert (statuses, bool(said)) == (([], False) if ending else ([1], True))
+    assert ending or said.startswith("error: process 0 of 2 lost another one after step 7: ")
 
 
 def test_only_what_torch_says_of_other_processes_is_a_loss():
