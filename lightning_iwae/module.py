@@ -232,14 +232,14 @@ class IWModule(LightningModule):
         return block() if block else nullcontext()
 
     def _log_bounds(self, log_w: Tensor) -> None:
+        theta = bounds.miwae(self.objective.theta.view(log_w)).mean()
+        phi = bounds.miwae(self.objective.phi.view(log_w)).mean()
         fraction = ess(log_w, 0).mean() / len(log_w)
-        values: dict[str, Any] = {
-            "train/bound_theta": bounds.miwae(self.objective.theta.view(log_w)).mean(),
-            "train/bound_phi": bounds.miwae(self.objective.phi.view(log_w)).mean(),
-            "train/ess": fraction,
-        }
-        self.log_dict(values | self._scheduled(), batch_size=log_w.shape[1])
-        self.log("bound", values["train/bound_theta"], prog_bar=True, logger=False)
+        values = torch.stack([theta, phi, fraction]).detach()
+        theta, phi, fraction = self.trainer.strategy.reduce(values, reduce_op="mean")  # of all processes' data, once
+        logged: dict[str, Any] = {"train/bound_theta": theta, "train/bound_phi": phi, "train/ess": fraction}
+        self.log_dict(logged | self._scheduled(), batch_size=log_w.shape[1])
+        self.log("bound", theta, prog_bar=True, logger=False)
         self.log("ess", fraction, prog_bar=True, logger=False)
 
     def _scheduled(self) -> dict[str, float]:

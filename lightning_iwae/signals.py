@@ -1,9 +1,13 @@
 """SIGTERM and SIGUSR1, by which clusters announce that a run's time is over."""
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
+
+ECHO = 5.0  # seconds within which a second SIGTERM is the first one's
 
 
 class Interrupted(BaseException):
@@ -20,12 +24,14 @@ class Signals:
 
     The first signal raises `Interrupted` on the spot, which is right as long as there is nothing to lose. While
     `deferred` is true its number is left in `received` instead, for whoever can finish a step and save first.
-    A second SIGTERM kills at once.
+    A second SIGTERM kills at once, unless it comes within seconds: clusters signal a process and the one that started
+    it, which hands it on.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.deferred = False
+        self._terminated: float | None = None  # when the first SIGTERM came
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -40,7 +46,10 @@ class Signals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGTERM:
-            signal.signal(signum, signal.SIG_DFL)
+            if self._terminated is not None and time.monotonic() - self._terminated > ECHO:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            self._terminated = self._terminated or time.monotonic()
         if self.received:
             return
         self.received = signum

@@ -40,7 +40,8 @@ def join(rank, port):
     """Makes a process one rank of a gloo group, as a launcher would."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    for by_lightning in (".*LeafSpec", "torch.distributed.nn.functional.all_gather is deprecated"):
+    all_gather = "torch.distributed.nn.functional.all_gather is deprecated"
+    for by_lightning in (".*LeafSpec", all_gather, "The `srun` command is available"):
         warnings.filterwarnings("ignore", by_lightning)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     if sys.platform == "linux":

@@ -39,7 +39,8 @@ examples:
 
 exit status:
   0    done
-  1    the run broke: a bound or gradient was not finite (one message), or there is a bug (a traceback)
+  1    the run broke: a bound or gradient was not finite, or under DDP another process was lost (one message);
+       or there is a bug (a traceback)
   2    a mistake in the command line, a config, the data or a checkpoint (one message)
   130  interrupted from the keyboard
   143  stopped by SIGTERM, 138 by SIGUSR1, with a checkpoint saved: go on with --ckpt_path last
@@ -140,7 +141,10 @@ def status_of(error: Exception) -> int | None:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from ..data import DataError
+    from ..ddp import LostProcess
 
+    if isinstance(error, LostProcess):
+        return 1
     if isinstance(error, DataError | MisconfigurationException):
         return 2
     return 2 if isinstance(error, ValueError | TypeError) and raised_here(error) else None

@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from .. import resume
 from ..callbacks import Checkpoints, Predictions
+from ..ddp import LostProcess, is_lost, message
 from ..evaluation import table
 from ..metrics_csv import MetricsCSV
 from ..mistakes import Mistake
@@ -96,6 +97,10 @@ class CLI(CheckedCLI):
         self.made: Path | None = None  # a fresh directory
         try:
             super().__init__(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise LostProcess(message(self.trainer)) from error
         finally:
             if self.made is not None:
                 with suppress(OSError):
@@ -299,6 +304,7 @@ def quieten() -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec")
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # on a login node all is well without
 
 
 def run(args: list[str] | None) -> None:

@@ -243,16 +243,15 @@ def verdict(status: int, log: Path) -> tuple[str, tuple[float, ...], str]:
     """(outcome, no values, reason) of a fit that did not end well.
 
     A mistake in the settings, or a gradient that is not finite, comes again: such a trial has failed. Any other end
-    may have come from outside (memory, disk, a lost process), and the trial is begun again.
+    may have come from outside (memory, disk, a process of DDP that was lost), and the trial is begun again.
     """
     last = last_words(log)
     if status < 0:
         name = signal.Signals(-status).name
         out_of_memory = "; out of memory?" if -status == signal.SIGKILL else ""
         return "broken", (), f"killed by {name}{out_of_memory}"
-    known = last.startswith("error:")
     reason = f"exit status {status}: {last.removeprefix('error: ') or 'no message'}"
-    return "failed" if status == 2 or (status == 1 and known) else "broken", (), reason
+    return "failed" if status == 2 or "is not finite" in last else "broken", (), reason
 
 
 def last_words(log: Path) -> str:
