@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
