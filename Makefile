@@ -22,8 +22,8 @@ run: setup  ## Train a PIWAE on MNIST (about ten minutes on two cores) and test 
 test: setup  ## The tests
 	$(BIN)/python -m pytest
 
-test-slow: setup  ## Long statistics and real data
-	$(BIN)/python -m pytest -m slow --timeout 1800
+test-slow: setup  ## Long statistics, real data, clusters, servers, faults; two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 -n 2 --dist loadfile
 
 certify: setup  ## Check every estimator's expectation and write docs/estimators.md (a few minutes)
 	$(BIN)/python -m lightning_iwae certify --out docs/estimators.md

@@ -34,7 +34,7 @@ SWEEP = {
 
 def write(folder, **changes):
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(SWEEP | changes))
+    path.write_text(yaml.safe_dump(SWEEP | changes, sort_keys=False))
     return path
 
 
@@ -177,7 +177,7 @@ def test_two_objectives_are_read_from_one_validation_and_give_a_pareto_front(tmp
     write(tmp_path, objective={"val/log_px": "maximize", "val/ess": "minimize"}, trials=5)
     finish(start(tmp_path, "--page"))
     values = [t.values for t in load(tmp_path).trials]
-    assert all(ess == 0.3 for _, ess in values)  # at step 3, where log_px is best
+    assert [ess for _, ess in values] == [0.3] * 5  # at step 3, where log_px is best
     assert "Pareto front" in (tmp_path / "out/sweep.html").read_text()
 
 
@@ -227,7 +227,7 @@ def test_a_worker_that_is_killed_takes_its_fit_along_and_another_goes_on(tmp_pat
     worker = start(tmp_path)
     wait_for(lambda: (tmp_path / "out/runs/000/metrics.csv").exists(), worker)
     worker.kill()
-    worker.wait()
+    worker.communicate()
     (pid,) = starts(tmp_path, 0)
     deadline = time.monotonic() + 5
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:

@@ -1,6 +1,7 @@
 """The search space and a sweep's YAML: what they mean, and what is refused."""
 
 import itertools
+import re
 
 import optuna
 import pytest
@@ -8,6 +9,8 @@ import yaml
 
 from lightning_iwae.mistakes import Mistake
 from lightning_iwae.sweep import settings, space
+
+from .test_cli import ROOT
 
 BASE = {"model.samples": 64, "model.phi.estimator": "iwae", "model.network": "x"}
 CONDITIONAL = {
@@ -188,3 +191,21 @@ def test_files_that_cannot_be_read(tmp_path):
     for name, told in (("none.yaml", "No such file"), ("bad.yaml", "line 2: not valid YAML")):
         with pytest.raises(Mistake, match=told):
             settings.read(str(tmp_path / name))
+
+
+def test_the_sweep_that_the_docs_show_is_one_and_every_key_is_explained():
+    page = (ROOT / "docs/sweeps.md").read_text()
+    (block,) = re.findall(r"```\n(study:.*?)```", page, re.S)
+    sweep = settings.parsed(yaml.safe_load(block))
+    read = sweep.space_over({"model.samples": 64})
+    assert [p.form for p in read.parameters].count("divisors") == 2 and len(read.parameters) == 8
+    for key in set(settings.CHECKS) - {"study", "configs", "options", "space"}:
+        assert f"`{key}`" in page, key
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_search_spaces_of_the_repository_are_read(path):
+    if path.name != "wandb.yaml":
+        sweep = settings.read(str(path))
+        assert all((ROOT / file).is_file() for file in sweep.configs)
+        assert sweep.space_over({"model.samples": 64}).parameters

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..mistakes import Mistake, did_you_mean, nearest, shown
 
@@ -16,14 +16,6 @@ FORMS = {
     frozenset({"divisors_of"}): "divisors",
 }
 KNOWN = ("choices", "low", "high", "log", "step", "divisors_of", "when")
-
-
-class Suggests(Protocol):
-    """An Optuna trial, as far as the space needs one."""
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -71,8 +63,8 @@ class Parameter:
         """Whether a range is of whole numbers: its ends, and its step, are written as such."""
         return all(isinstance(v, int) for v in (self.low, self.high, self.step or 1))
 
-    def suggest(self, trial: Suggests, known: Mapping[str, Any]) -> Any:
-        """The trial's value of it."""
+    def suggest(self, trial: Any, known: Mapping[str, Any]) -> Any:
+        """An Optuna trial's value of it."""
         name = self.name(known)
         if self.form != "range":
             return decoded(trial.suggest_categorical(name, [encoded(v) for v in self.finite(known) or []]))
@@ -87,8 +79,8 @@ class Space:
 
     parameters: tuple[Parameter, ...]
 
-    def suggest(self, trial: Suggests, base: Mapping[str, Any]) -> dict[str, Any]:
-        """A trial's point: key -> value. `base` has the other settings, by dotted key."""
+    def suggest(self, trial: Any, base: Mapping[str, Any]) -> dict[str, Any]:
+        """An Optuna trial's point: key -> value. `base` has the other settings, by dotted key."""
         point: dict[str, Any] = {}
         for parameter in self.parameters:
             known = {**base, **point}

@@ -19,6 +19,7 @@ from ..mistakes import Mistake
 
 VARIABLE = "LIGHTNING_IWAE_STORAGE"  # the URL, where an argument would be seen by other users of the machine
 NEEDS = {"postgresql": ("psycopg2", "psycopg2-binary"), "mysql": ("pymysql", "pymysql")}
+HOPELESS = re.compile("authentication failed|no password supplied|(database|role) .* does not exist")
 PAUSE = 2.0  # seconds before a storage is asked again; grows to ten times that
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,13 +50,13 @@ def patient(method: F) -> F:
             try:
                 answer = method(self, *args, **kwargs)
             except (StorageInternalError, SQLAlchemyError) as error:
+                if HOPELESS.search(told := brief(error, self.url)):
+                    raise Mistake(f"storage: {shown(self.url)} refuses: {told}") from None
                 waited = time.monotonic() - begun
                 if waited > self.patience:
-                    raise Mistake(
-                        f"storage: {shown(self.url)} has not answered for {waited:.0f} s: {brief(error, self.url)}"
-                    ) from None
+                    raise Mistake(f"storage: {shown(self.url)} has not answered for {waited:.0f} s: {told}") from None
                 if pause == PAUSE:
-                    self.say(f"The storage does not answer, and is asked again: {brief(error, self.url)}")
+                    self.say(f"The storage does not answer, and is asked again: {told}")
                 time.sleep(pause)
                 pause = min(1.5 * pause, 10 * PAUSE)
             else:
@@ -90,6 +91,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             from optuna.storages.journal import JournalFileBackend
 
             return optuna.storages.JournalStorage(JournalFileBackend(re.sub(r"^journal:(//)?", "", url)))
+        url = re.sub("^postgres(ql)?:", "postgresql+psycopg2:", url)  # SQLAlchemy's own choice depends on its version
         try:
             options: dict[str, Any] = (
                 {"connect_args": {"timeout": 60}} if make_url(url).get_backend_name() == "sqlite" else {}
