@@ -203,6 +203,30 @@ def test_a_signal_gives_the_trial_back_and_the_next_worker_goes_on_with_it(tmp_p
     assert study.attempts(load(tmp_path).trials)[0][0].user_attrs["outcome"] == "returned"
 
 
+def test_a_disk_that_cannot_be_written_to_breaks_a_trial_not_the_worker(tmp_path):
+    write(tmp_path, trials=2, retries=1, space={"value": [7]})
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out/runs/000").write_text("in the way")
+    out = finish(start(tmp_path))
+    assert slots(load(tmp_path)) == {0: ["FAIL", "FAIL"], 1: ["COMPLETE"]}
+    assert "000: [Errno 17] File exists" in out
+
+
+def test_ctrl_c_gives_the_trial_back(tmp_path):
+    write(tmp_path, space={"kind": ["slow"]}, trials=1)
+    worker = start(tmp_path)
+    wait_for(lambda: (tmp_path / "out/runs/000/metrics.csv").exists(), worker)
+    worker.send_signal(signal.SIGINT)
+    assert "Traceback" not in finish(worker, 130)
+    (t,) = load(tmp_path).trials
+    assert t.state == TrialState.FAIL and t.user_attrs["outcome"] == "returned"
+
+
+def test_if_no_trial_can_finish_the_status_says_so(tmp_path):
+    write(tmp_path, trials=2, space={"kind": ["mistake"]})
+    assert "error: no trial has finished." in finish(start(tmp_path), 1)
+
+
 # ------------------------------------------------------------------------------------------------ several workers
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
 def test_workers_racing_for_a_fresh_study_share_it(tmp_path, kind):
@@ -367,7 +391,7 @@ def test_a_wrong_url_is_refused_without_its_password(url, told):
 def test_no_secret_is_in_anything_that_a_sweep_writes(tmp_path, monkeypatch):
     for name in (storage.VARIABLE, "PGPASSWORD", "WANDB_API_KEY"):
         monkeypatch.setenv(name, f"sqlite:///{tmp_path / 'hunter2.db'}" if name == storage.VARIABLE else "hunter2")
-    write(tmp_path, trials=2, space={"kind": ["good", "mistake"]}, retries=0)
+    write(tmp_path, trials=4, space={"kind": ["good", "mistake"]}, retries=0)
     out = finish(start(tmp_path))
     written = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert len(written) > 4

@@ -11,6 +11,7 @@ page.py       the report
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,3 +67,6 @@ def main(words: list[str]) -> None:
     url = given.storage or os.environ.get(storage.VARIABLE) or f"sqlite:///{out / 'study.db'}"
     study = worker.work(sweep, url, out)
     page.write(study, out)
+    if not any(row.outcome in ("finished", "pruned") for row in page.table(study)):
+        print("error: no trial has finished. Their reasons are above, their logs in runs/*/log.txt.", file=sys.stderr)
+        sys.exit(1)

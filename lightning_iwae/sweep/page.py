@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def write(study: Study, out: Path) -> None:
-    """sweep.html and sweep.md in the sweep's directory; says where they are."""
+    """sweep.html and sweep.md in the sweep's directory; says how many trials ended how, and where the files are."""
     sweep = study.sweep
     study.study.sampler, study.study.pruner = sweep.make_sampler(0), sweep.make_pruner()
     rows = table(study)

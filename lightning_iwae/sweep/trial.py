@@ -22,12 +22,21 @@ from .settings import Sweep, option
 from .storage import VARIABLE
 from .study import Ended
 
+NO_VALUE = "is Evaluation among the callbacks, and was there a validation within the budget?"
 LOOK = 0.3  # seconds between two looks at a fit
 PATIENCE = 180.0  # seconds that a fit has to save and to end when it is asked to
 SECRETS = (VARIABLE, "PGPASSWORD", "PGPASSFILE")  # a fit does not talk to the study's storage
 OWN = (*SECRETS, "LIGHTNING_IWAE_RUN_DIRECTORY")
 STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LIBC = ctypes.CDLL(None)
+
+
+RETURNED = Ended("returned", reason="stopped by a signal; it goes on where it was")
+
+
+class Stopped(Exception):
+    """A signal came before the fit had begun."""
 
 
 def run_name(slot: int, seed: int | None) -> str:
@@ -42,9 +51,9 @@ def fit_words(sweep: Sweep, point: Mapping[str, Any], seed: int) -> list[str]:
     words += [option(key, value) for key, value in point.items() if key != "config"]
     words += sweep.options
     if "steps" in sweep.budget:
-        words += [f"--trainer.max_steps={sweep.budget['steps']}", "--trainer.max_epochs=-1"]
+        words.append(f"--trainer.max_steps={sweep.budget['steps']}")
     if "seconds" in sweep.budget:
-        words += [f"--trainer.max_time={days(sweep.budget['seconds'])}", "--trainer.max_epochs=-1"]
+        words.append(f"--trainer.max_time={days(sweep.budget['seconds'])}")
     return words
 
 
@@ -132,7 +141,12 @@ class Trial:
         """Fit with every seed, and say how it went."""
         begun = time.monotonic()
         for i, path in enumerate(self.runs):
-            ended = self._fit(i, path)
+            try:
+                ended = self._fit(i, path)
+            except Stopped:
+                ended = RETURNED
+            except OSError as error:  # a full disk, or one that is gone
+                ended = Ended("broken", reason=f"{path}: {error}")
             if ended.outcome != "finished":
                 break
             self.values.append(ended.values)
@@ -150,7 +164,7 @@ class Trial:
         )
         words = fit_words(self.sweep, self.point, self.seed + index)
         place = [f"--trainer.default_root_dir={path}"]
-        with one_at_a_time(path, self._look) as lock:
+        with one_at_a_time(path, self._wait) as lock:
             reporting = index == 0 and len(metrics.objectives) == 1  # Optuna prunes by one objective
             command = [*words, *place, "--ckpt_path=last"]
             status, pruned = self._process(command, path, lock, metrics, reporting)
@@ -160,14 +174,19 @@ class Trial:
                 test = ["test", *words[1:], *place, "--ckpt_path=best"]
                 status, _ = self._process(test, path, lock, metrics, False)
         if self.signals.received or status in STOPPED:
-            return Ended("returned", reason="stopped by a signal; it goes on where it was")
+            return RETURNED
         if status:
             return Ended(*verdict(status, path / "log.txt"))
         best = metrics.best()
         if best is None:
             wanted = " and ".join(self.sweep.objectives)
-            return Ended("failed", reason=f"{metrics.path} has no finite {wanted}: is Evaluation among the callbacks?")
+            return Ended("failed", reason=f"{metrics.path} has no finite {wanted}: {NO_VALUE}")
         return Ended("finished", best)
+
+    def _wait(self) -> None:
+        self._look()
+        if self.signals.received:
+            raise Stopped
 
     def _look(self) -> None:
         self.on_look()
@@ -210,7 +229,7 @@ class Trial:
 def die_with_parent() -> None:
     """Between fork and exec of a fit: have the system kill it when its worker dies, by a kill -9 too."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -17,7 +17,7 @@ from ..signals import Interrupted, Signals
 from .settings import Sweep
 from .space import Space
 from .storage import shown
-from .study import POLL, Study, Taken, attempts, is_over
+from .study import POLL, Ended, Study, Taken, attempts, is_over
 from .trial import Trial, fit_words
 
 WIDTH = 16  # of a column of the progress table
@@ -172,6 +172,9 @@ def attempt(
             study.sweep, out, slot, point, seed, signals, look, lambda value, step: study.report(trial, value, step)
         ).run()
         study.finish(trial, ended)
+    except KeyboardInterrupt:
+        study.finish(trial, Ended("returned", reason="interrupted from the keyboard"))
+        raise
     except Taken:
         progress.say("A trial of this worker has been given to another, since it seemed to be dead.")
 
