@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+TWO := OMP_NUM_THREADS=1  # two processes of one thread each
 RUN := runs/mnist-$(shell date +%Y%m%d-%H%M%S)
 
 help:  ## This list
@@ -19,11 +20,11 @@ run: setup  ## Train a PIWAE on MNIST (about ten minutes on two cores) and test 
 	$(BIN)/python -m lightning_iwae test -c conf/mnist.yaml --trainer.default_root_dir $(RUN) --ckpt_path best
 	@echo "The run's files are in $(RUN)"
 
-test: setup  ## The tests
-	$(BIN)/python -m pytest
+test: setup  ## The tests, two files at a time
+	$(TWO) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup  ## Long statistics, real data, clusters, servers, faults; two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 -n 2 --dist loadfile
+	$(TWO) $(BIN)/python -m pytest -n 2 --dist loadfile -m slow --timeout 1800
 
 certify: setup  ## Check every estimator's expectation and write docs/estimators.md (a few minutes)
 	$(BIN)/python -m lightning_iwae certify --out docs/estimators.md

@@ -1,23 +1,26 @@
 """Sweeps: every trial ends, and counts once, whatever happens to fits, workers and the storage."""
 
 import csv
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import optuna
 import pytest
+import torch
 import yaml
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
+from lightning_iwae.cli import main
 from lightning_iwae.mistakes import Mistake
-from lightning_iwae.sweep import page, settings, storage, study, trial
+from lightning_iwae.sweep import page, settings, storage, study, trial, worker
 
 from .test_cli import ROOT
 
@@ -289,11 +292,11 @@ def test_what_is_missing_can_be_put_in_twice_and_counts_once(tmp_path):
     two._fill()
     del two.trials
     assert len(one.trials()) == 6 and not study.missing(one.trials(), 3, 0)
-    taken = [worker.claim() for worker in (one, two, one, two, one)]
+    taken = [who.claim() for who in (one, two, one, two, one)]
     assert [t and t.number for t in taken] == [0, 1, 2, None, None]
     assert Counter(t.state for t in one.trials()) == {TrialState.RUNNING: 3, TrialState.FAIL: 3}
-    for worker, t in zip((one, two, one), taken, strict=False):
-        worker.finish(t, study.Ended("finished", (1.0,)))
+    for who, t in zip((one, two, one), taken, strict=False):
+        who.finish(t, study.Ended("finished", (1.0,)))
     assert one.is_over() and two.is_over()
 
 
@@ -440,3 +443,62 @@ def test_without_optuna_the_extra_is_named(monkeypatch):
 
     with without("optuna", monkeypatch), pytest.raises(Mistake, match=r"pip install 'lightning-iwae\[sweep\]'"):
         sweep.main(["-c", "x.yaml"])
+
+
+# ------------------------------------------------------------------------------------------------ real fits
+def printed(words):
+    """`worker.printed` without a process of its own."""
+    with redirect_stdout(io.StringIO()) as out, suppress(SystemExit):
+        main([*words, "--print_config"])
+    return out.getvalue()
+
+
+def test_a_sweep_of_real_fits(tmp_path, monkeypatch, capsys):
+    evaluation = {"class_path": "lightning_iwae.callbacks.Evaluation", "init_args": {"particles": 20, "size": 20}}
+    real = SWEEP | {
+        "space": {"model.phi.estimator": ["dreg"], "model.phi.particles": {"divisors_of": "model.samples"}},
+        "options": {
+            "trainer.callbacks": [evaluation],
+            "trainer.enable_progress_bar": False,
+            "model.test_particles": 20,
+            "model.samples": 4,
+            "model.theta.particles": 4,
+            "model.phi.particles": 4,
+            "trainer.check_val_every_n_epoch": 1,
+        },
+        "budget": {"steps": 24},
+        "trials": 1,
+        "evaluate": True,
+        "launcher": [],
+        "heartbeat": 5,
+        "grace": 60,
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(real, sort_keys=False))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(worker, "printed", printed)
+    main(["sweep", "-c", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out")])
+    assert "1 trials: 1 finished; none begun again" in capsys.readouterr().out
+    (t,) = load(tmp_path).trials
+    run = tmp_path / "out/runs/000"
+    phi = yaml.safe_load((run / "config.yaml").read_text())["model"]["phi"]
+    assert phi["estimator"] == "dreg" and phi["particles"] == t.params["model.phi.particles"]
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    with open(run / "metrics.csv") as file:
+        seen = [(float(row["val/log_px"]), int(row["step"])) for row in csv.DictReader(file) if row["val/log_px"]]
+    assert len(seen) == 2 and t.values == [max(seen)[0]] and best["global_step"] == max(seen)[1] + 1
+    assert len(t.intermediate_values) == 2 and (run / "evaluation.json").exists()
+
+
+def test_the_repositorys_sweeps_are_accepted_by_the_command_line(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(worker, "printed", printed)
+    for name in ("optuna.yaml", "equal_budget.yaml"):
+        sweep = settings.read(f"sweeps/{name}")
+        base = worker.base_settings(sweep)
+        worker.rehearse(sweep, sweep.space_over(base), base)
+
+
+def test_a_key_of_the_space_that_there_is_not_is_refused_before_the_first_trial(tmp_path):
+    sweep = settings.parsed(SWEEP | {"space": {"model.phi.particle": [1]}})
+    with pytest.raises(Mistake, match=r"space: .*model\.phi\.particle.* Did you mean model\.phi\.particles\?"):
+        worker.rehearse(sweep, sweep.space_over({}), {})

@@ -48,8 +48,7 @@ def fit_words(sweep: Sweep, point: Mapping[str, Any], seed: int) -> list[str]:
     """The arguments of a fit at a point of the space, but its directory. `config` adds an overlay."""
     files = [*sweep.configs, *(v for key, v in point.items() if key == "config" and v is not None)]
     words = ["fit", *(word for file in files for word in ("-c", file)), f"--seed_everything={seed}"]
-    words += [option(key, value) for key, value in point.items() if key != "config"]
-    words += sweep.options
+    words += [*sweep.options, *(option(key, value) for key, value in point.items() if key != "config")]
     if "steps" in sweep.budget:
         words.append(f"--trainer.max_steps={sweep.budget['steps']}")
     if "seconds" in sweep.budget:

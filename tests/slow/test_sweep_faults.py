@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 from urllib.parse import quote
 
 import optuna
@@ -90,8 +91,10 @@ class Workers:
         time.sleep(4)  # in the middle of it
         worker.kill()
         worker.wait()
-        time.sleep(1)
-        assert not [pid for pid in fits if is_alive(pid)]
+        deadline = time.monotonic() + 20  # a dying process has its memory to give back
+        while any(map(is_alive, fits)):
+            assert time.monotonic() < deadline, fits
+            time.sleep(0.1)
         self.start(name)
 
     def stop(self):
@@ -178,3 +181,37 @@ def test_a_signal_to_the_batch_scripts_worker_gives_its_trial_back(postgres, wor
     rows = metrics.read_text().splitlines()
     assert [row.split(",")[0] for row in rows[: len(before)]] == [row.split(",")[0] for row in before]
     assert "1 finished; 1 begun again" in (tmp_path / "out/sweep.md").read_text()
+
+
+def test_pruning_reaches_every_process_of_a_trial(workers, tmp_path):
+    ddp = {
+        "study": "pruned",
+        "configs": ["conf/digits.yaml", "conf/hardware/ddp.yaml"],
+        "options": SWEEP["options"] | {"trainer.accelerator": "cpu"},
+        "space": {"model.phi.particles": [8]},
+        "pruner": {"class_path": "ThresholdPruner", "init_args": {"lower": 0.0}},  # log p(x) is below it
+        "trials": 1,
+        "budget": {"steps": 3000},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP | ddp, sort_keys=False))
+    workers.url = f"sqlite:///{tmp_path / 'study.db'}"
+    workers.start("a")
+    seen = set()
+    while workers.running["a"].poll() is None:
+        seen |= {child for fit in children(workers.running["a"].pid) for child in descendants(fit)}
+        time.sleep(0.1)
+    assert workers.running["a"].returncode == 0, workers.logs()
+    (trial,) = optuna.load_study(study_name="pruned", storage=workers.url).trials
+    assert trial.state == TrialState.PRUNED and max(trial.intermediate_values) < 2000
+    assert len(seen) >= 1 and not any(map(is_alive, seen))
+    log = (tmp_path / "out/runs/000/log.txt").read_text()
+    assert "SIGTERM: stopped after step" in log and "Traceback" not in log
+
+
+def descendants(pid):
+    """Processes that a process has started, by any of its threads."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [int(child) for child in path.read_text().split()]
+    return found
