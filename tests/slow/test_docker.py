@@ -97,9 +97,7 @@ def images(tmp_path_factory) -> Iterator[Images]:
 def base(images) -> None:
     """What the Dockerfile takes from Docker Hub: a Debian with a Python of the same version."""
     system = images.folder / "system.tar"
-    prepare(
-        "mmdebstrap", "--variant=essential", "--include=python3,python3-venv,ca-certificates,passwd", "bookworm", system
-    )
+    prepare("mmdebstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", "bookworm", system)
     container = images("from", "scratch")
     images("add", "--quiet", container, system, "/")
     images("commit", "--quiet", "--rm", container, BASE)
