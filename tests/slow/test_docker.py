@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import contextlib
 import io
 import json
 import os
@@ -11,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,17 +78,17 @@ class Images:
     def remove(self) -> None:
         self("rm", "--all")
         self("rmi", "--all", "--force")
-        subprocess.run(["umount", self.folder / "images/overlay"], capture_output=True)
+        subprocess.run(["umount", "--lazy", self.folder / "images/overlay"], capture_output=True)
         shutil.rmtree(self.folder)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Iterator[Images]:
+def images() -> Iterator[Images]:
     if any(shutil.which(tool) is None for tool in TOOLS):
         prepare("apt-get", "update", "-qq")
         lock = ["-o", "DPkg::Lock::Timeout=300"]
         prepare("apt-get", *lock, "install", "-qq", "-y", "--no-install-recommends", *TOOLS)
-    images = Images(tmp_path_factory.mktemp("docker"))
+    images = Images(Path(tempfile.mkdtemp(prefix="docker-")))  # pytest's own folders are no place for mounts
     yield images
     images.remove()
 
@@ -148,10 +148,9 @@ def test_a_fit_of_one_epoch_lands_in_the_volume(images, run, settings, tmp_path,
 
 
 def descendant(pid: int) -> int:
-    """The process at the end of a chain of only children."""
-    with contextlib.suppress(FileNotFoundError, IndexError):
-        return descendant(int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]))
-    return pid
+    """The process at the end of a chain of only children; each may be any thread's."""
+    children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return descendant(int(children[0])) if children else pid
 
 
 def test_sigterm_to_it_as_process_1_saves_a_checkpoint(images, run, settings, tmp_path):
@@ -159,12 +158,16 @@ def test_sigterm_to_it_as_process_1_saves_a_checkpoint(images, run, settings, tm
     engine = ["unshare", "--fork", "--pid", "setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
     root = [*run[:1], "--user", "0", "--cap-add", "CAP_SYS_ADMIN", *run[1:]]
     process = images.popen(*root, "--", *engine, *settings["Entrypoint"], *FIT)
-    wait_for(process, lambda: lines(tmp_path / "digits/metrics.csv") > 3, pause=0.1)
-    python = descendant(process.pid)
-    status = Path(f"/proc/{python}/status").read_text()
+    try:
+        wait_for(process, lambda: lines(tmp_path / "digits/metrics.csv") > 3, pause=0.1)
+        python = descendant(process.pid)
+        status = Path(f"/proc/{python}/status").read_text()
+        os.kill(python, signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.kill(descendant(process.pid), signal.SIGKILL)
     assert re.search(r"^NSpid:.*\t1$", status, re.M) and re.search(rf"^Uid:\t{UID}\t", status, re.M), status
-    os.kill(python, signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
     assert process.returncode == 143 and "SIGTERM: stopped after step" in errors, errors
     assert (tmp_path / "digits/checkpoints/last.ckpt").exists()
 
