@@ -88,7 +88,10 @@ class Workers:
         while not (fits := children(worker.pid)):
             assert time.monotonic() < deadline and worker.poll() is None, self.logs()
             time.sleep(0.1)
-        time.sleep(4)  # in the middle of it
+        run = Path(f"/proc/{fits[0]}/cmdline").read_text().partition("default_root_dir=")[2].partition("\0")[0]
+        while not (Path(run) / "checkpoints/last.ckpt").exists():  # in the middle of it
+            assert time.monotonic() < deadline and worker.poll() is None, self.logs()
+            time.sleep(0.01)
         worker.kill()
         worker.wait()
         deadline = time.monotonic() + 20  # a dying process has its memory to give back
@@ -96,6 +99,7 @@ class Workers:
             assert time.monotonic() < deadline, fits
             time.sleep(0.1)
         self.start(name)
+        return run
 
     def stop(self):
         for worker in self.running.values():
@@ -107,8 +111,10 @@ class Workers:
 
 
 def children(pid):
-    with suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(word) for word in file.read().split()]
+    """Its fits; not those processes by which it tries the settings."""
+    with suppress(OSError):
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in found if b"default_root_dir" in Path(f"/proc/{child}/cmdline").read_bytes()]
     return []
 
 
