@@ -13,6 +13,17 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # tests are small, and threads that wait for each other on a busy machine cost far more
 
 
+LONGEST = ("test_mnist", "test_kills", "test_docker", "test_snr_command")  # slow ones; two files run at a time
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that none is left alone at the end."""
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(
+        key=lambda item: order.get(item.path.stem, len(order)) if item.get_closest_marker("slow") else len(order)
+    )
+
+
 @pytest.fixture(autouse=True)
 def torch_as_it_was():
     """Torch's global settings, put back after each test."""
