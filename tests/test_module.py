@@ -712,7 +712,7 @@ def test_a_seed_is_a_run():
     {"limit_val_batches": 1.0, "num_sanity_val_steps": 2},
     {"limit_val_batches": 1.0, "val_check_interval": 1, "callbacks": [Disturb()]},
     {"logger": Record(), "log_every_n_steps": 3},
-], ids=str)  # fmt: skip
+], ids=lambda options: ", ".join(options))  # fmt: skip
 def test_nothing_but_the_seed_changes_a_run(options):
     assert same(run_end(**options), run_end())
 
