@@ -31,7 +31,7 @@ def test_five_passes_at_a_constant_rate_of_1e_3_reach_102_nats_on_held_out_image
     except DataError as error:
         pytest.skip(f"MNIST can't be reached: {error}")
     data.setup()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     run = tmp_path / "run"
     main(["fit", *FIVE_PASSES, "--trainer.default_root_dir", str(run), "--trainer.enable_progress_bar", "false"])
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
