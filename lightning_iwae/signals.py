@@ -20,7 +20,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Handlers of SIGTERM and SIGUSR1 for as long as the `with` lasts.
+    """Handlers of SIGTERM and SIGUSR1, and with `keyboard` of Ctrl-C, for as long as the `with` lasts.
 
     The first signal raises `Interrupted` on the spot, which is right as long as there is nothing to lose. While
     `deferred` is true its number is left in `received` instead, for whoever can finish a step and save first.
@@ -28,7 +28,8 @@ class Signals:
     it, which hands it on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keyboard: bool = False) -> None:
+        self.signals = (signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if keyboard else []))
         self.received = 0
         self.deferred = False
         self._terminated: float | None = None  # when the first SIGTERM came
@@ -36,7 +37,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGUSR1):
+            for signum in self.signals:
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -50,6 +51,8 @@ class Signals:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             self._terminated = self._terminated or time.monotonic()
+        if signum == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
         if self.received:
             return
         self.received = signum

@@ -3,9 +3,11 @@
 import csv
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -20,6 +22,7 @@ from optuna.trial import TrialState
 
 from lightning_iwae.cli import main
 from lightning_iwae.mistakes import Mistake
+from lightning_iwae.signals import Interrupted, Signals
 from lightning_iwae.sweep import page, settings, storage, study, trial, worker
 
 from .test_cli import ROOT
@@ -41,6 +44,18 @@ def write(folder, **changes):
     return path
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    """No worker outlives its test."""
+    yield
+    while STARTED:
+        STARTED[-1].kill()
+        STARTED.pop().communicate()
+
+
 def start(folder, *args):
     """A worker, as the command line starts it."""
     command = [
@@ -59,7 +74,7 @@ def start(folder, *args):
 
 
 def finish(worker, status=0):
-    out, _ = worker.communicate(timeout=120)
+    out, _ = worker.communicate(timeout=250)
     assert worker.returncode == status, out
     return out
 
@@ -293,10 +308,10 @@ def test_what_is_missing_can_be_put_in_twice_and_counts_once(tmp_path):
     del two.trials
     assert len(one.trials()) == 6 and not study.missing(one.trials(), 3, 0)
     taken = [who.claim() for who in (one, two, one, two, one)]
-    assert [t and t.number for t in taken] == [0, 1, 2, None, None]
+    assert [claim and claim.trial.number for claim in taken] == [0, 1, 2, None, None]
     assert Counter(t.state for t in one.trials()) == {TrialState.RUNNING: 3, TrialState.FAIL: 3}
-    for who, t in zip((one, two, one), taken, strict=False):
-        who.finish(t, study.Ended("finished", (1.0,)))
+    for who, claim in zip((one, two, one), taken, strict=False):
+        who.finish(claim.trial, study.Ended("finished", (1.0,)))
     assert one.is_over() and two.is_over()
 
 
@@ -304,7 +319,8 @@ def test_who_was_too_slow_cannot_finish_the_trial(tmp_path):
     sweep = settings.parsed(SWEEP | {"trials": 1, "heartbeat": 0.01, "grace": 0.05})
     url = f"sqlite:///{tmp_path / 'a.db'}"
     slow, other = (study.Study(sweep, url, print) for _ in range(2))
-    mine = slow.claim()
+    mine = slow.claim().trial
+    slow.note(mine, "sign", "here")
     deadline = time.monotonic() + 10
     while (theirs := other.claim()) is None:
         assert time.monotonic() < deadline
@@ -312,7 +328,7 @@ def test_who_was_too_slow_cannot_finish_the_trial(tmp_path):
     for act in (slow.beat, lambda t: slow.report(t, 0.0, 1), lambda t: slow.finish(t, study.Ended("finished", (9.0,)))):
         with pytest.raises(study.Taken):
             act(mine)
-    other.finish(theirs, study.Ended("finished", (1.0,)))
+    other.finish(theirs.trial, study.Ended("finished", (1.0,)))
     assert [t.values for t in other.trials() if t.state == TrialState.COMPLETE] == [[1.0]]
 
 
@@ -320,7 +336,7 @@ def test_a_sign_of_life_keeps_a_trial_for_as_long_as_it_takes(tmp_path):
     sweep = settings.parsed(SWEEP | {"trials": 1, "heartbeat": 0.01, "grace": 0.3})
     url = f"sqlite:///{tmp_path / 'a.db'}"
     slow, other = (study.Study(sweep, url, print) for _ in range(2))
-    mine, end = slow.claim(), time.monotonic() + 1.5
+    mine, end = slow.claim().trial, time.monotonic() + 1.5
     while time.monotonic() < end:
         slow.note(mine, "sign", time.monotonic())
         assert other.claim() is None
@@ -339,12 +355,64 @@ def test_a_joiner_with_other_settings_is_refused_by_key(tmp_path):
         study.Study(settings.parsed(SWEEP | {"seeds": 2}), url, print).join({"model.samples": 8})
 
 
+def test_two_workers_never_take_the_same_attempt(tmp_path):
+    sweep = settings.parsed(SWEEP | {"trials": 20})
+    url, taken = f"sqlite:///{tmp_path / 'a.db'}", []
+    workers = [study.Study(sweep, url, print) for _ in range(4)]
+    workers[0]._fill()
+    meet = threading.Barrier(4)
+
+    def take(worker):
+        for _ in range(5):
+            meet.wait()
+            claim = worker._take()
+            taken.append(claim and claim.trial.number)
+
+    threads = [threading.Thread(target=take, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbers = [number for number in taken if number is not None]
+    assert len(numbers) == len(set(numbers)) >= 5
+
+
+def test_a_trial_that_was_never_begun_costs_no_retry(tmp_path):
+    sweep = settings.parsed(SWEEP | {"trials": 1, "heartbeat": 0.01, "grace": 0.05, "retries": 0})
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    study.Study(sweep, url, print).claim()  # and dies
+    other, deadline = study.Study(sweep, url, print), time.monotonic() + 10
+    while (claim := other.claim()) is None:
+        assert time.monotonic() < deadline and not other.is_over()
+        time.sleep(0.02)
+    assert claim.slot == 0 and len(claim.token) == 32
+
+
+def test_a_worker_that_comes_back_while_it_chooses_leaves_the_trial_alone(tmp_path):
+    sweep = settings.parsed(SWEEP | {"trials": 1})
+    one = study.Study(sweep, f"sqlite:///{tmp_path / 'a.db'}", print)
+    claim = one.claim()
+    one.finish(claim.trial, study.Ended("lost"))
+    with pytest.raises(study.Taken):
+        one.choose(claim.trial, sweep.space_over({}), {})
+
+
+def test_runs_of_another_study_are_not_taken_for_its_own(tmp_path):
+    write(tmp_path, trials=1, space={"value": [1]})
+    finish(start(tmp_path))
+    before = (tmp_path / "out/runs/000/metrics.csv").read_text()
+    out = finish(start(tmp_path, "--study", "other"), 2)
+    assert "error: --out: " in out and "runs/000 holds a run that is not of this study" in out
+    assert (tmp_path / "out/runs/000/metrics.csv").read_text() == before
+    assert [t.state for t in load(tmp_path, name="other").trials] == [TrialState.FAIL]
+
+
 # ------------------------------------------------------------------------------------------------ the storage
-class Flaky:
-    """Something that asks a storage which does not answer for a while."""
+class Flaky(study.Study):
+    """A worker whose storage does not answer for a while."""
 
     def __init__(self, failures, patience=5.0):
-        self.failures, self.patience = failures, patience
+        self.failures, self.patience, self.signals = failures, patience, Signals()
         self.url, self.answering, self.said = "postgresql://me:s%40cret@host/db", 0.0, []
         self.say = self.said.append
 
@@ -371,7 +439,50 @@ def test_but_not_for_ever_and_the_password_is_not_told(monkeypatch):
     with pytest.raises(Mistake) as caught:
         Flaky(10**6, patience=0.1).ask()
     told = str(caught.value)
-    assert "storage: postgresql://me:***@host/db has not answered for" in told and "cret" not in told
+    assert "storage: postgresql://***@host/db has not answered for" in told and "cret" not in told
+
+
+def test_nor_when_a_signal_comes(monkeypatch):
+    monkeypatch.setattr(storage, "PAUSE", 0.01)
+    flaky = Flaky(10**6, patience=600)
+    flaky.signals.received = signal.SIGTERM
+    with pytest.raises(Interrupted, match="stopped while the storage did not answer"):
+        flaky.ask()
+
+
+def test_a_fit_goes_on_while_the_storage_does_not_answer():
+    flaky = Flaky(0)
+    flaky.sweep, flaky.worker, flaky._beaten = settings.parsed(SWEEP), "w", -99.0
+
+    class Deaf:
+        def set_user_attr(self, *_):
+            raise StorageInternalError("no")
+
+        report = set_user_attr
+
+    flaky.beat(Deaf())
+    assert flaky.report(Deaf(), 1.0, 1) is False and flaky.answering is None
+    assert len(flaky.said) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:hunter2@h/db",
+        "postgresql+psycopg2://u:hun@ter2@h/db",
+        "postgresql:u:hunter2@h/db",
+        "postgresql://h/db?user=u&password=hunter2&x=1",
+        "postgresql://u:hun%40ter2@h/db",
+        "mysql:/u:hunter2@h",
+    ],
+)
+def test_no_form_of_a_url_shows_its_password(url):
+    driver = "could not connect as u with hunter2, hun@ter2, hun%40ter2 to ter2@h"
+    for text in (storage.shown(url), storage.without_password(f"{driver} {url}", url)):
+        assert not set(re.findall("hunter2|hun@ter2|hun%40ter2", text)) & set(
+            re.findall(r"hunter2|hun@ter2|hun%40ter2", url + url.replace("%40", "@"))
+        )
+    assert storage.shown("sqlite:///runs/a/study.db") == "sqlite:///runs/a/study.db"
 
 
 @pytest.mark.parametrize(
@@ -382,7 +493,7 @@ def test_but_not_for_ever_and_the_password_is_not_told(monkeypatch):
             "storage must be sqlite:///FILE, journal:///FILE or postgresql://USER@HOST/DATABASE. Got nonsense",
         ),
         ("mysql://me:secret@host/db", "storage: mysql needs pymysql: pip install pymysql"),
-        ("oracle+none://me:secret@host/db", "Got oracle+none://me:***@host/db"),
+        ("oracle+none://me:secret@host/db", "Got oracle+none://***@host/db"),
     ],
 )
 def test_a_wrong_url_is_refused_without_its_password(url, told):

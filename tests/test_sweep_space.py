@@ -82,6 +82,18 @@ def test_lists_and_mappings_may_be_chosen():
     assert read.suggest(study.ask(), BASE) == points[1][0]
 
 
+def test_a_range_with_a_fractional_step():
+    read = space.read({"a": {"low": 0, "high": 1, "step": 0.25}}, {})
+    assert [point["a"] for point, _ in read.points({})] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_condition_on_a_conditional_key_is_tried_too():
+    spec = {"a": ["x", "y"], "b": {"choices": [1, 2], "when": {"a": "y"}}, "c": {"choices": [7], "when": {"b": 2}}}
+    read = space.read(spec, {})
+    assert read.first({}, read.parameters[2]) == {"a": "y", "b": 2, "c": 7}
+    assert space.read({"a": {"low": 0, "high": 2**62}}, {}).first({}) == {"a": 0}
+
+
 def test_the_points_that_are_tried_first_set_every_key():
     read = space.read(CONDITIONAL, BASE)
     for p in read.parameters:
@@ -93,7 +105,25 @@ def test_the_points_that_are_tried_first_set_every_key():
     [
         ({}, "space must map dotted keys"),
         ({"a": 3}, "space.a must be a list of choices, {low, high} or {divisors_of}. Got 3"),
-        ({"a": []}, "space.a.choices must be a list that is not empty"),
+        ({"a": []}, "space.a.choices must be a list of numbers, words, null"),
+        ({"a": [float("nan")]}, "space.a.choices must be a list of numbers, words, null"),
+        ({"a": [{1: 2}]}, "space.a.choices must be a list of numbers, words, null"),
+        ({"seed_everything": [1, 2]}, "space.seed_everything: seeds are not chosen"),
+        ({"config": [5]}, "space.config must be a list of config files, or null for none"),
+        (
+            {"a": [1, "x"], "b": {"divisors_of": "a"}},
+            "b.divisors_of: a must be a whole number from 1 on. Got 'x'",
+        ),
+        (
+            {"a": {"low": 0, "high": 4}, "b": {"divisors_of": "a"}},
+            "must be a whole number from 1 on. Got a range from 0",
+        ),
+        ({"a": [1], "b": {"choices": [1], "when": {"a": 2}}}, "space.b.when: a must be one of its choices. Got 2"),
+        ({"a": [1], "b": {"choices": [1], "when": {"a": []}}}, "space.b.when must be {key: value}"),
+        (
+            {"k": [0, 1], "a": {"choices": [4], "when": {"k": 1}}, "b": {"divisors_of": "a"}},
+            "space.b must have the `when` of a, of which it is a divisor",
+        ),
         ({"a": {"low": 1}}, "space.a must have choices, low and high (and log or step), or divisors_of. Got low"),
         ({"a": {"low": 1, "high": 2, "logg": True}}, "space.a: unknown key 'logg'. Did you mean log?"),
         ({"a": {"low": "1e-4", "high": 1.0}}, "space.a.low must be a number. Got '1e-4'. Write 0.0001"),
@@ -103,7 +133,7 @@ def test_the_points_that_are_tried_first_set_every_key():
         ({"a": {"low": 0, "high": 1, "step": 0}}, "space.a.step must be a positive number. Got 0"),
         ({"a": {"divisors_of": "model.sample"}}, "space.a.divisors_of: 'model.sample' must be a key of the space"),
         ({"a": {"divisors_of": "model.sample"}}, "Did you mean model.samples?"),
-        ({"a": {"divisors_of": "model.network"}}, "model.network must be a whole number in the config. Got 'x'"),
+        ({"a": {"divisors_of": "model.network"}}, "model.network must be a whole number from 1 on. Got 'x'"),
         (
             {"a": {"choices": [1], "when": {"b": 1}}, "b": [1]},
             "space.a.when: 'b' must be a key of the space",
@@ -146,7 +176,9 @@ def test_samplers_are_seeded_trial_by_trial():
     ("change", "told"),
     [
         ({"trails": 3}, "unknown key 'trails'. Did you mean trials?"),
-        ({"study": "a b"}, "study must be a name of letters, digits, . _ -. Got 'a b'"),
+        ({"study": "a b"}, "study must be a name of letters, digits, . _ - that does not begin with a dot. Got 'a b'"),
+        ({"study": ".."}, "study must be a name of letters"),
+        ({"options": {"a": float("nan")}}, "options must be a mapping of dotted keys to plain values"),
         ({"trials": 0}, "trials must be a whole number from 1 on. Got 0"),
         ({"trials": True}, "trials must be a whole number from 1 on. Got true"),
         ({"configs": "conf/digits.yaml"}, "configs must be a list of config files"),

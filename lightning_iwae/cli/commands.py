@@ -103,8 +103,9 @@ class CLI(CheckedCLI):
             raise LostProcess(message(self.trainer)) from error
         finally:
             if self.made is not None:
-                with suppress(OSError):
-                    self.made.rmdir()  # if a mistake came before the first file
+                with suppress(OSError):  # not empty, unless a mistake came before the first file
+                    self.made.rmdir()
+                    self.made.parent.rmdir()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything."""

@@ -63,7 +63,10 @@ def main(words: list[str]) -> None:
     over = {key: value for key in ("study", "trials") if (value := getattr(given, key)) is not None}
     sweep = settings.read(given.config, over)
     out = given.out or Path("runs") / sweep.study
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"--out {out}: {error.strerror}.") from error
     url = given.storage or os.environ.get(storage.VARIABLE) or f"sqlite:///{out / 'study.db'}"
     study = worker.work(sweep, url, out)
     page.write(study, out)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import report
 from ..writing import replacing
 from .settings import Sweep
 from .storage import shown
-from .study import Study, attempts, is_over
+from .study import Study, attempts, has_ended
 from .trial import fit_words
 
 
@@ -24,11 +25,11 @@ class Row(NamedTuple):
     """One trial, as the table has it."""
 
     slot: int
-    outcome: str  # finished, pruned, failed, given up, or open
+    outcome: str  # finished, pruned, failed, or open
     values: tuple[float, ...]
     errors: tuple[float | None, ...]  # standard errors over seeds
     point: dict[str, Any]
-    seconds: float | None
+    seconds: float  # of all attempts whose worker lived to tell
     tries: int
     reasons: list[str]  # of attempts that did not end well
     log: str
@@ -38,7 +39,6 @@ class Row(NamedTuple):
 def write(study: Study, out: Path) -> None:
     """sweep.html and sweep.md in the sweep's directory; says how many trials ended how, and where the files are."""
     sweep = study.sweep
-    study.study.sampler, study.study.pruner = sweep.make_sampler(0), sweep.make_pruner()
     rows = table(study)
     done = [row for row in rows if row.outcome == "finished"]
     front = best(rows, sweep)
@@ -77,7 +77,7 @@ def table(study: Study) -> list[Row]:
     for slot, tried in attempts(study.trials()).items():
         last = tried[-1]
         outcome = "open"
-        if is_over(tried, study.sweep.retries):
+        if has_ended(tried, study.sweep.retries):
             outcome = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned"}.get(last.state, "failed")
         notes = last.user_attrs
         point = notes.get("point", {})
@@ -91,7 +91,7 @@ def table(study: Study) -> list[Row]:
                 tuple(last.values or ()),
                 standard_errors(last),
                 point,
-                notes.get("seconds"),
+                sum(t.user_attrs.get("seconds", 0.0) for t in tried),
                 len(tried),
                 [
                     f"attempt {i}: {t.user_attrs['reason']}"
@@ -120,8 +120,11 @@ def standard_errors(trial: FrozenTrial) -> tuple[float | None, ...]:
 
 def best(rows: list[Row], sweep: Sweep) -> list[Row]:
     """The best trial; with several objectives those that no other one beats in all (the Pareto front)."""
-    signs = [1 if d == "maximize" else -1 for d in sweep.objectives.values()]
-    done = [(row, [s * v for s, v in zip(signs, row.values, strict=True)]) for row in rows if row.outcome == "finished"]
+    done = [
+        (row, [s * v for s, v in zip(sweep.signs, row.values, strict=True)])
+        for row in rows
+        if row.outcome == "finished"
+    ]
 
     def beaten(mine: list[float]) -> bool:
         return any(all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine for _, other in done)
@@ -134,7 +137,7 @@ def subtitle(rows: list[Row], study: Study) -> str:
     counts = {o: sum(row.outcome == o for row in rows) for o in ("finished", "pruned", "failed", "open")}
     told = ", ".join(f"{n} {o}" for o, n in counts.items() if n)
     again = sum(row.tries - 1 for row in rows)
-    return f"{study.slots} trials: {told or 'none begun'}; {again or 'none'} begun again"
+    return f"{max(study.slots, len(rows))} trials: {told or 'none begun'}; {again or 'none'} begun again"
 
 
 def setting(value: Any) -> str:
@@ -159,7 +162,8 @@ def markdown(title: str, rows: list[Row], front: list[Row], keys: list[str], stu
     for row in rows:
         values = [cell(row, i) for i in range(len(study.sweep.objectives))]
         cells = [str(row.slot), row.outcome, *values, *(setting(row.point.get(key, "")) for key in keys)]
-        lines.append("| " + " | ".join([*cells, str(row.seconds or ""), str(row.tries)]) + " |")
+        cells = [cell.replace("|", "\\|") for cell in cells]
+        lines.append("| " + " | ".join([*cells, f"{row.seconds:.0f}", str(row.tries)]) + " |")
     lines += ["", "## Best", *(f"\n    {row.command}\n" for row in front)]
     reasons = [f"- trial {row.slot}, {reason}" for row in rows for reason in row.reasons]
     return "\n".join(lines + (["", "## Attempts that did not end well", "", *reasons] if reasons else [])) + "\n"
@@ -170,7 +174,9 @@ def pictures(study: Study, finished: int) -> list[tuple[str, str, str]]:
     """(title, what it shows, data URI) of Optuna's plots; without those that these trials don't allow."""
     from optuna.visualization import matplotlib as plots
 
-    optuna_study, names = study.study, list(study.sweep.objectives)
+    names = list(study.sweep.objectives)
+    optuna_study = optuna.create_study(directions=study.study.directions)  # in memory: it answers
+    optuna_study.add_trials([t for t in study.trials() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)])
     single = len(names) == 1
     if single:
         drawn = [

@@ -13,7 +13,7 @@ import yaml
 
 from ..class_paths import find_class
 from ..mistakes import Mistake, did_you_mean, nearest, shown
-from .space import Space, is_number
+from .space import Space, is_number, is_plain
 from .space import read as read_space
 
 TPE = {"multivariate": True, "group": True, "constant_liar": True}  # for conditional spaces and parallel workers
@@ -62,6 +62,11 @@ class Sweep:
     heartbeat: float = 10.0
     grace: float = 60.0
     patience: float = 600.0
+
+    @property
+    def signs(self) -> list[int]:
+        """1 for each objective to maximize, -1 for each to minimize."""
+        return [1 if direction == "maximize" else -1 for direction in self.objectives.values()]
 
     @property
     def grid(self) -> bool:
@@ -128,7 +133,7 @@ def made(path: str, arguments: dict[str, Any], where: str, base: type, seed: int
         warnings.simplefilter("ignore")  # "is experimental"
         try:
             return cls(**arguments)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             raise Mistake(f"{where}: {cls.__name__}: {error}.") from error
 
 
@@ -137,8 +142,8 @@ def read(path: str, over: Mapping[str, Any] | None = None) -> Sweep:
     """The sweep of a YAML file; `over` replaces some of its keys. Mistake naming the key that is wrong."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise Mistake(f"-c {path}: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"-c {path}: {getattr(error, 'strerror', None) or error}.") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -204,7 +209,7 @@ def option(key: str, value: Any) -> str:
 
 def is_name(value: Any) -> bool:
     """A word that may be a directory's name."""
-    return isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*", value) is not None
 
 
 def is_names(value: Any) -> bool:
@@ -238,12 +243,9 @@ def positive(value: Any) -> bool:
 
 
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "study": (
-        lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]+", v) is not None,
-        "a name of letters, digits, . _ -",
-    ),
+    "study": (is_name, "a name of letters, digits, . _ - that does not begin with a dot"),
     "configs": (is_names, "a list of config files, the base first"),
-    "options": (lambda v: isinstance(v, dict), "a mapping of dotted keys to values"),
+    "options": (lambda v: isinstance(v, dict) and is_plain(v), "a mapping of dotted keys to plain values"),
     "space": (lambda v: isinstance(v, dict) and len(v) > 0, "a mapping of dotted keys to what is tried"),
     "objective": (lambda v: isinstance(v, str | dict) and len(v) > 0, "a name, or {name: maximize|minimize, ...}"),
     "sampler": (is_class, "grid, or the class_path of an Optuna sampler, or {class_path, init_args}"),

@@ -56,7 +56,7 @@ class Parameter:
             return None
         step = self.step or 1
         count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        return [type(self.low)(self.low + i * step) for i in range(count)]
+        return [(int if self.integer else float)(self.low + i * step) for i in range(count)]
 
     @property
     def integer(self) -> bool:
@@ -93,14 +93,20 @@ class Space:
         yield from self._from(0, {}, {}, base)
 
     def first(self, base: Mapping[str, Any], parameter: Parameter | None = None) -> dict[str, Any]:
-        """One point, in which `parameter`, if any is given, is chosen: to try the settings with."""
-        wanted = {key: values[0] for key, values in parameter.when.items()} if parameter else {}
+        """The first value of each key, or what `parameter` needs to be chosen: to try the settings with."""
+        wanted: dict[str, Any] = {}
+        asked = [parameter] if parameter else []
+        while asked:  # a condition's key may have a condition itself
+            for key, values in asked.pop().when.items():
+                if key not in wanted:
+                    wanted[key] = values[0]
+                    asked += [p for p in self.parameters if p.key == key]
         point: dict[str, Any] = {}
         for p in self.parameters:
             known = {**base, **point}
             if p.applies(known):
-                values = p.finite(known)
-                point[p.key] = wanted[p.key] if p.key in wanted else values[0] if values else p.low
+                first = p.low if p.form == "range" else (p.finite(known) or [None])[0]
+                point[p.key] = wanted.get(p.key, first)
         return point
 
     def _from(
@@ -139,9 +145,9 @@ def read(tree: Any, base: Mapping[str, Any]) -> Space:
     parameters: list[Parameter] = []
     for key, spec in tree.items():
         p = parameter(str(key), spec)
-        before = [p.key for p in parameters]
-        check_references(p, before, base)
-        if isinstance(p.divisors_of, str) and p.divisors_of not in before:
+        earlier = {q.key: q for q in parameters}
+        check_references(p, earlier, base)
+        if isinstance(p.divisors_of, str) and p.divisors_of not in earlier:
             p = replace(p, divisors_of=base[p.divisors_of])
         parameters.append(p)
     return Space(tuple(parameters))
@@ -150,6 +156,8 @@ def read(tree: Any, base: Mapping[str, Any]) -> Space:
 def parameter(key: str, spec: Any) -> Parameter:
     """One key of the space."""
     where = f"space.{key}"
+    if key == "seed_everything":
+        raise Mistake("space.seed_everything: seeds are not chosen. `seeds: N` takes N of them for each trial.")
     spec = {"choices": spec} if isinstance(spec, list) else dict(spec) if isinstance(spec, dict) else spec
     if not isinstance(spec, dict):
         raise Mistake(f"{where} must be a list of choices, {{low, high}} or {{divisors_of}}. Got {shown(spec)}.")
@@ -162,16 +170,16 @@ def parameter(key: str, spec: Any) -> Parameter:
             f"{where} must have choices, low and high (and log or step), or divisors_of. Got {', '.join(spec)}."
         )
     checks: dict[str, Callable[[Any], bool]] = {
-        "choices": lambda v: isinstance(v, list) and len(v) > 0,
+        "choices": lambda v: isinstance(v, list) and len(v) > 0 and all(map(is_plain, v)),
         "low": is_number,
         "high": is_number,
         "step": lambda v: is_number(v) and v > 0,
         "log": lambda v: isinstance(v, bool),
         "divisors_of": lambda v: isinstance(v, str) or (type(v) is int and v > 0),
-        "when": lambda v: isinstance(v, dict) and len(v) > 0,
+        "when": lambda v: isinstance(v, dict) and len(v) > 0 and [] not in v.values(),
     }
     wanted = {
-        "choices": "a list that is not empty",
+        "choices": "a list of numbers, words, null, lists or mappings of these, and not empty",
         "step": "a positive number",
         "log": "true or false",
         "divisors_of": "a key or a positive whole number",
@@ -184,6 +192,8 @@ def parameter(key: str, spec: Any) -> Parameter:
         raise Mistake(f"{where}: low must be less than high. Got {spec['low']} and {spec['high']}.")
     if spec.get("log") and spec["low"] <= 0:
         raise Mistake(f"{where}: low must be positive with log. Got {spec['low']}.")
+    if key == "config" and not all(v is None or isinstance(v, str) for v in spec.get("choices", [0])):
+        raise Mistake(f"{where} must be a list of config files, or null for none. Got {shown(spec)}.")
     when = {str(k): tuple(v) if isinstance(v, list) else (v,) for k, v in spec.pop("when", {}).items()}
     return Parameter(key, tuple(spec.pop("choices", ())), when=when, **spec)
 
@@ -198,23 +208,40 @@ def science(value: Any) -> str:
     return ""
 
 
+def is_plain(value: Any) -> bool:
+    """Whether JSON can write it, and reads the same."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
+
+
 def is_number(value: Any) -> bool:
     """A finite int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_references(p: Parameter, before: list[str], base: Mapping[str, Any]) -> None:
+def check_references(p: Parameter, earlier: Mapping[str, Parameter], base: Mapping[str, Any]) -> None:
     """Mistake if `when` or `divisors_of` names what is not known by then."""
     named = [("when", key) for key in p.when]
     named += [("divisors_of", p.divisors_of)] if isinstance(p.divisors_of, str) else []
     for option, key in named:
-        if key not in before and key not in base:
-            known = [*before, *base]
+        of = earlier.get(key)
+        if of is None and key not in base:
+            known = [*earlier, *base]
             raise Mistake(
                 f"space.{p.key}.{option}: {key!r} must be a key of the space that comes before it, or of the config."
                 f"{did_you_mean(nearest(key, known))}"
             )
-        if option == "divisors_of" and key not in before and type(base[key]) is not int:
-            raise Mistake(
-                f"space.{p.key}.divisors_of: {key} must be a whole number in the config. Got {shown(base[key])}."
-            )
+        if option == "when" and of is not None and of.form == "choices":
+            for value in p.when[key]:
+                if value not in of.choices:
+                    raise Mistake(f"space.{p.key}.when: {key} must be one of its choices. Got {shown(value)}.")
+        if option == "divisors_of":
+            values = [base[key]] if of is None else list(of.choices) if of.form == "choices" else [1]
+            wrong = [v for v in values if type(v) is not int or v < 1]
+            if wrong or (of is not None and of.form == "range" and not (of.integer and of.low >= 1)):
+                got = shown(wrong[0]) if wrong else f"a range from {of.low if of else None}"
+                raise Mistake(f"space.{p.key}.divisors_of: {key} must be a whole number from 1 on. Got {got}.")
+            if of is not None and not of.when.items() <= p.when.items():
+                raise Mistake(f"space.{p.key} must have the `when` of {key}, of which it is a divisor.")

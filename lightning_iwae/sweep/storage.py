@@ -6,39 +6,65 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ..mistakes import Mistake
+from ..signals import Interrupted
 
 VARIABLE = "LIGHTNING_IWAE_STORAGE"  # the URL, where an argument would be seen by other users of the machine
 NEEDS = {"postgresql": ("psycopg2", "psycopg2-binary"), "mysql": ("pymysql", "pymysql")}
-HOPELESS = re.compile("authentication failed|no password supplied|(database|role) .* does not exist")
+HOPELESS = re.compile(
+    "authentication failed|no password supplied|(database|role) .* does not exist"
+    "|unable to open database file|file is not a database|readonly database"
+)
+CONNECT = {"sqlite": {"timeout": 60, "isolation_level": None}, "postgresql": {"connect_timeout": 10}}
 PAUSE = 2.0  # seconds before a storage is asked again; grows to ten times that
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def shown(url: str) -> str:
-    """The URL without its password."""
-    return re.sub(r"(//[^/:@]*):[^@]*@", r"\1:***@", url)
+    """The URL without whatever may be a password in it, if it is badly written too."""
+    url = re.sub(r"^([\w+]+:)/*[^/].*@", r"\1//***@", url)
+    return re.sub(r"(?i)(password=)[^&]*", r"\1***", url)
 
 
 def without_password(text: str, url: str) -> str:
-    """A text, such as a driver's message, without the URL's password."""
-    found = re.search(r"//[^/:@]*:([^@]+)@", url)
-    for secret in {found[1], unquote(found[1])} if found else ():
+    """A text, such as a driver's message, without the URL's passwords."""
+    found = re.findall(r"(?i)password=([^&]*)", url)
+    if before := re.search(r"^[\w+]+:/*[^/:@]*:(.*)@", url):
+        found += [before[1], *before[1].split("@")]  # one that should have been quoted is read as a host
+    for secret in sorted({*found, *map(unquote, found)} - {""}, key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
 
 
+class Unanswered(Exception):
+    """The storage does not answer; its text is what the driver says."""
+
+
+@contextmanager
+def heard(url: str) -> Iterator[None]:
+    """Turn a storage's silence into Unanswered, and its refusal into a Mistake."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        told = brief(error, url)
+        if HOPELESS.search(told):
+            raise Mistake(f"storage: {shown(url)} refuses: {told}") from None
+        raise Unanswered(told) from None
+
+
 def patient(method: F) -> F:
-    """A method that asks the storage, asked again until it answers or `self.patience` seconds are over.
+    """A method that asks the storage, again and again until it answers, a signal comes, or `self.patience` is over.
 
     What was asked may have been done although no answer came, so it must be harmless to do it twice.
     """
@@ -48,22 +74,19 @@ def patient(method: F) -> F:
         begun, pause = time.monotonic(), PAUSE
         while True:
             try:
-                answer = method(self, *args, **kwargs)
-            except (StorageInternalError, SQLAlchemyError) as error:
-                if HOPELESS.search(told := brief(error, self.url)):
-                    raise Mistake(f"storage: {shown(self.url)} refuses: {told}") from None
+                with heard(self.url):
+                    answer = method(self, *args, **kwargs)
+                self.answered(True)
+                return answer
+            except Unanswered as error:
+                self.answered(False, str(error))
                 waited = time.monotonic() - begun
+                if self.signals.received:
+                    raise Interrupted(self.signals.received, "stopped while the storage did not answer.") from None
                 if waited > self.patience:
-                    raise Mistake(f"storage: {shown(self.url)} has not answered for {waited:.0f} s: {told}") from None
-                if pause == PAUSE:
-                    self.say(f"The storage does not answer, and is asked again: {told}")
+                    raise Mistake(f"storage: {shown(self.url)} has not answered for {waited:.0f} s: {error}") from None
                 time.sleep(pause)
                 pause = min(1.5 * pause, 10 * PAUSE)
-            else:
-                if pause > PAUSE:
-                    self.answering = time.monotonic()
-                    self.say("The storage answers again.")
-                return answer
 
     return persist  # type: ignore[return-value]
 
@@ -90,14 +113,16 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         if scheme == "journal":
             from optuna.storages.journal import JournalFileBackend
 
-            return optuna.storages.JournalStorage(JournalFileBackend(re.sub(r"^journal:(//)?", "", url)))
+            try:
+                return optuna.storages.JournalStorage(JournalFileBackend(re.sub("^journal:(//)?", "", url)))
+            except (OSError, ValueError) as error:  # ValueError: a file that is none of Optuna's
+                raise Mistake(f"storage: {url} can't be used: {error}.") from error
         url = re.sub("^postgres(ql)?:", "postgresql+psycopg2:", url)  # SQLAlchemy's own choice depends on its version
         try:
-            options: dict[str, Any] = (
-                {"connect_args": {"timeout": 60}} if make_url(url).get_backend_name() == "sqlite" else {}
-            )
-            options["pool_pre_ping"] = True  # a connection that broke is made anew
-            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+            backend = make_url(url).get_backend_name()
+            options: dict[str, Any] = {"pool_pre_ping": True}  # a connection that broke is made anew
+            options["connect_args"] = CONNECT.get(backend, {})
+            made = optuna.storages.RDBStorage(url, engine_kwargs=options)
         except ImportError as error:
             driver, package = NEEDS.get(scheme.partition("+")[0], (str(error.name), str(error.name)))
             raise Mistake(f"storage: {scheme} needs {driver}: pip install {package}.") from error
@@ -105,6 +130,9 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             raise Mistake(
                 f"storage must be sqlite:///FILE, journal:///FILE or postgresql://USER@HOST/DATABASE. Got {shown(url)}."
             ) from None
+    if backend == "sqlite":  # else two workers may both read that a trial is free, and both take it
+        event.listen(made.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return made
 
 
 def open_study(url: str, name: str, directions: list[Any], pruner: optuna.pruners.BasePruner) -> optuna.Study:

@@ -5,12 +5,15 @@ or failed for good. All that is needed for this is in the storage, and every ste
 at once: of attempts with equal slot and number the earliest in the storage is the one, and only one worker can take it.
 """
 
+import json
+import math
 import os
 import socket
 import time
+import uuid
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import optuna
@@ -19,10 +22,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..mistakes import Mistake
 from ..mistakes import shown as shown_value
+from ..signals import Signals
 from . import storage
 from .settings import Sweep
 from .space import Space
-from .storage import patient
+from .storage import Unanswered, heard, patient
 
 LOST = "its worker gave no sign of life for {:.0f} s: killed, or cut off"
 POLL = 1.0  # seconds between two looks at a study in which others work
@@ -38,6 +42,15 @@ class Next(NamedTuple):
     slot: int
     attempt: int
     params: dict[str, Any] | None  # None: the sampler's, or the grid's
+    token: str  # of the slot: tells its run from one of another study in the same directory
+
+
+class Claim(NamedTuple):
+    """An attempt that this worker has taken."""
+
+    trial: optuna.Trial
+    slot: int
+    token: str
 
 
 class Ended(NamedTuple):
@@ -58,7 +71,7 @@ def attempts(trials: Sequence[FrozenTrial]) -> dict[int, list[FrozenTrial]]:
     return {slot: [by_number[a] for a in sorted(by_number)] for slot, by_number in sorted(found.items())}
 
 
-def is_over(tried: Sequence[FrozenTrial], retries: int) -> bool:
+def has_ended(tried: Sequence[FrozenTrial], retries: int) -> bool:
     """Whether a slot's trial is finished, pruned, or given up."""
     last = tried[-1]
     if not last.state.is_finished():
@@ -71,13 +84,25 @@ def is_over(tried: Sequence[FrozenTrial], retries: int) -> bool:
 def missing(trials: Sequence[FrozenTrial], slots: int, retries: int) -> list[Next]:
     """The attempts that are to be put into the study: first ones, and next ones of trials that are not over."""
     found = attempts(trials)
-    first = [Next(slot, 0, None) for slot in range(slots) if slot not in found]
+    first = [Next(slot, 0, None, uuid.uuid4().hex) for slot in range(slots) if slot not in found]
     again = [
-        Next(slot, len(tried), dict(tried[-1].params))
+        Next(slot, len(tried), dict(tried[-1].params), tried[0].user_attrs["token"])
         for slot, tried in found.items()
-        if tried[-1].state.is_finished() and not is_over(tried, retries)
+        if tried[-1].state.is_finished() and not has_ended(tried, retries)
     ]
     return first + again
+
+
+@contextmanager
+def ours() -> Iterator[None]:
+    """Taken where Optuna says that the trial has ended, which only another worker can have seen to."""
+    try:
+        yield
+    except UpdateFinishedTrialError:
+        raise Taken from None
+
+
+NEVER_BEGUN = Ended("returned", reason="taken by a worker that died before it began")
 
 
 class Study:
@@ -87,12 +112,13 @@ class Study:
         sweep: what is tried.
         url: of the storage.
         say: where to tell that the storage does not answer.
+        signals: that may come while it does not.
     """
 
-    def __init__(self, sweep: Sweep, url: str, say: Callable[[str], None]) -> None:
-        self.sweep, self.url, self.say = sweep, url, say
+    def __init__(self, sweep: Sweep, url: str, say: Callable[[str], None], signals: Signals | None = None) -> None:
+        self.sweep, self.url, self.say, self.signals = sweep, url, say, signals or Signals()
         self.patience = sweep.patience
-        self.answering = time.monotonic()  # since when the storage has answered without a break
+        self.answering: float | None = time.monotonic()  # since when the storage has; None: it does not
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self.grid: list[dict[str, Any]] = []  # the study's parameters of each point
         self.slots = sweep.trials or 0
@@ -103,6 +129,15 @@ class Study:
     @patient
     def _open(self) -> optuna.Study:
         return storage.open_study(self.url, self.sweep.study, self._directions(), self.sweep.make_pruner())
+
+    def answered(self, does: bool, told: str = "") -> None:
+        """Note that the storage answers, or that it does not, and say so when it changes."""
+        if does and self.answering is None:
+            self.answering = time.monotonic()
+            self.say("The storage answers again.")
+        elif not does and self.answering is not None:
+            self.answering = None
+            self.say(f"The storage does not answer, and is asked again: {told}")
 
     @patient
     def join(self, config: Mapping[str, Any]) -> None:
@@ -117,7 +152,7 @@ class Study:
                 continue
             for key in keys | theirs[part]:
                 a, b = theirs[part].get(key), keys.get(key)
-                if a != b:
+                if json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
                     raise Mistake(
                         f"{part}: {key} must be {shown_value(a)}, as when study {self.sweep.study} was begun. "
                         f"Got {shown_value(b)}. Give the study another name, or take back the change."
@@ -141,10 +176,12 @@ class Study:
     def is_over(self) -> bool:
         """Whether every slot's trial is."""
         found = attempts(self.trials())
-        return len(found) >= self.slots and all(is_over(found[slot], self.sweep.retries) for slot in range(self.slots))
+        return len(found) >= self.slots and all(
+            has_ended(found[slot], self.sweep.retries) for slot in range(self.slots)
+        )
 
     # -------------------------------------------------------------------------------------------- taking
-    def claim(self) -> optuna.Trial | None:
+    def claim(self) -> Claim | None:
         """A trial to work on; None if there is none just now, since others are at work on the last ones."""
         self._bury()
         self._fill()
@@ -159,18 +196,20 @@ class Study:
             before, since = self._seen.get(trial.number, (None, None))
             if since is None or before != sign:
                 self._seen[trial.number] = (sign, time.monotonic())
-            elif time.monotonic() - max(since, self.answering) > self.sweep.grace:
+            elif time.monotonic() - max(since, self.answering or math.inf) > self.sweep.grace:
+                begun = Ended("lost", reason=LOST.format(self.sweep.grace))
                 with suppress(Taken):  # it has just ended
-                    self._end(trial._trial_id, Ended("lost", reason=LOST.format(self.sweep.grace)))
+                    self._end(trial._trial_id, begun if sign else NEVER_BEGUN)
 
     @patient
     def _fill(self) -> None:
         for new in missing(self.trials(), self.slots, self.sweep.retries):
             params = new.params or (self.grid[new.slot] if self.grid else {})
-            self.study.enqueue_trial(params, user_attrs={"slot": new.slot, "attempt": new.attempt})
+            attributes = {"slot": new.slot, "attempt": new.attempt, "token": new.token}
+            self.study.enqueue_trial(params, user_attrs=attributes)
 
     @patient
-    def _take(self) -> optuna.Trial | None:
+    def _take(self) -> Claim | None:
         trials = self.trials()
         chosen = {t.number for tried in attempts(trials).values() for t in tried}
         ours = [t for t in trials if t.user_attrs.get("slot", self.slots) < self.slots]
@@ -182,7 +221,11 @@ class Study:
                     self._storage.set_trial_user_attr(waiting._trial_id, "worker", self.worker)
                     seed = self.sweep.seed + 1000 * waiting.user_attrs["slot"] + waiting.user_attrs["attempt"]
                     self.study.sampler = self.sweep.make_sampler(seed)
-                    return optuna.Trial(self.study, waiting._trial_id)
+                    return Claim(
+                        optuna.Trial(self.study, waiting._trial_id),
+                        waiting.user_attrs["slot"],
+                        attempts(trials)[waiting.user_attrs["slot"]][0].user_attrs["token"],
+                    )
             except UpdateFinishedTrialError:
                 continue
         return None
@@ -194,31 +237,41 @@ class Study:
     # -------------------------------------------------------------------------------------------- working
     @patient
     def choose(self, trial: optuna.Trial, space: Space, base: Mapping[str, Any]) -> dict[str, Any]:
-        """The trial's point. What has been suggested once stays."""
-        return space.suggest(trial, base)
-
-    def beat(self, trial: optuna.Trial) -> None:
-        """Give a sign of life, if it is time. Taken if the trial has been given to another."""
-        if time.monotonic() - self._beaten > self.sweep.heartbeat:
-            self.note(trial, "sign", f"{self.worker} {time.time():.0f}")
-            self._beaten = time.monotonic()
+        """The trial's point. What has been suggested once stays. Mistake if the sampler can't take the space."""
+        with ours():
+            try:
+                return space.suggest(trial, base)
+            except (ValueError, TypeError, AttributeError, ImportError) as error:
+                raise Mistake(f"sampler: {type(self.study.sampler).__name__}: {error}") from error
 
     @patient
     def note(self, trial: optuna.Trial, key: str, value: Any) -> None:
         """Write something beside the trial."""
-        try:
+        with ours():
             trial.set_user_attr(key, value)
-        except UpdateFinishedTrialError:
-            raise Taken from None
 
-    @patient
+    def beat(self, trial: optuna.Trial) -> None:
+        """Give a sign of life, if it is time; later if the storage does not answer. Taken if it is another's by now."""
+        if time.monotonic() - self._beaten > self.sweep.heartbeat:
+            self._beaten = time.monotonic()
+            with ours(), self._if_it_answers():
+                trial.set_user_attr("sign", f"{self.worker} {time.time():.0f}")
+
     def report(self, trial: optuna.Trial, value: float, step: int) -> bool:
         """Tell an intermediate value of the objective; whether the trial should be pruned."""
-        try:
+        with ours(), self._if_it_answers():
             trial.report(value, step)
             return trial.should_prune()
-        except UpdateFinishedTrialError:
-            raise Taken from None
+        return False
+
+    @contextmanager
+    def _if_it_answers(self) -> Iterator[None]:
+        try:
+            with heard(self.url):
+                yield
+            self.answered(True)
+        except Unanswered as error:
+            self.answered(False, str(error))
 
     def finish(self, trial: optuna.Trial, ended: Ended) -> None:
         """Tell how the trial ended. Taken if it has been given to another, and does not count."""

@@ -3,6 +3,7 @@
 import csv
 import ctypes
 import fcntl
+import json
 import math
 import os
 import re
@@ -17,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..mistakes import Mistake
 from ..signals import Signals
+from ..writing import replacing
 from .settings import Sweep, option
 from .storage import VARIABLE
 from .study import Ended
@@ -47,8 +50,9 @@ def run_name(slot: int, seed: int | None) -> str:
 def fit_words(sweep: Sweep, point: Mapping[str, Any], seed: int) -> list[str]:
     """The arguments of a fit at a point of the space, but its directory. `config` adds an overlay."""
     files = [*sweep.configs, *(v for key, v in point.items() if key == "config" and v is not None)]
-    words = ["fit", *(word for file in files for word in ("-c", file)), f"--seed_everything={seed}"]
+    words = ["fit", *(word for file in files for word in ("-c", file))]
     words += [*sweep.options, *(option(key, value) for key, value in point.items() if key != "config")]
+    words.append(f"--seed_everything={seed}")
     if "steps" in sweep.budget:
         words.append(f"--trainer.max_steps={sweep.budget['steps']}")
     if "seconds" in sweep.budget:
@@ -113,6 +117,7 @@ class Trial:
         sweep: what is tried.
         out: the sweep's directory.
         slot: the trial's number.
+        token: which study's it is.
         point: key -> value.
         seed: of the first fit; each further one has the next.
         signals: what may ask the worker to stop.
@@ -123,6 +128,7 @@ class Trial:
     sweep: Sweep
     out: Path
     slot: int
+    token: str
     point: Mapping[str, Any]
     seed: int
     signals: Signals
@@ -159,11 +165,12 @@ class Trial:
         metrics = Metrics(
             path / "metrics.csv",
             list(self.sweep.objectives),
-            [1.0 if d == "maximize" else -1.0 for d in self.sweep.objectives.values()],
+            self.sweep.signs,
         )
         words = fit_words(self.sweep, self.point, self.seed + index)
         place = [f"--trainer.default_root_dir={path}"]
         with one_at_a_time(path, self._wait) as lock:
+            self._mark(path)
             reporting = index == 0 and len(metrics.objectives) == 1  # Optuna prunes by one objective
             command = [*words, *place, "--ckpt_path=last"]
             status, pruned = self._process(command, path, lock, metrics, reporting)
@@ -172,7 +179,9 @@ class Trial:
             if status == 0 and self.sweep.evaluate and self.signals.received == 0:
                 test = ["test", *words[1:], *place, "--ckpt_path=best"]
                 status, _ = self._process(test, path, lock, metrics, False)
-        if self.signals.received or status in STOPPED:
+        if status in STOPPED:
+            self._look()  # a signal to both may reach the fit first
+        if self.signals.received:
             return RETURNED
         if status:
             return Ended(*verdict(status, path / "log.txt"))
@@ -181,6 +190,15 @@ class Trial:
             wanted = " and ".join(self.sweep.objectives)
             return Ended("failed", reason=f"{metrics.path} has no finite {wanted}: {NO_VALUE}")
         return Ended("finished", best)
+
+    def _mark(self, path: Path) -> None:
+        """Write whose run it is. Mistake if there is another study's, whose figures would be taken for this one's."""
+        mark = path / "trial.json"
+        told = mark.read_text() if mark.exists() else "" if (path / "metrics.csv").exists() else None
+        if told is not None and (not told or json.loads(told)["token"] != self.token):
+            raise Mistake(f"--out: {path} holds a run that is not of this study. Give another directory, or remove it.")
+        with replacing(mark) as file:
+            file.write(json.dumps({"token": self.token, "trial": self.slot, "point": self.point}).encode())
 
     def _wait(self) -> None:
         self._look()
@@ -216,7 +234,8 @@ class Trial:
                 for step, values in metrics.new() if reporting and not pruned else ():
                     pruned = pruned or self.on_value(values[0], step)
                 if (pruned or self.signals.received) and not asked:
-                    process.send_signal(self.signals.received or signal.SIGTERM)
+                    asked_by = self.signals.received
+                    process.send_signal(asked_by if asked_by == signal.SIGUSR1 else signal.SIGTERM)
                     asked, deadline = True, time.monotonic() + PATIENCE
                 if asked and time.monotonic() > deadline:
                     break

@@ -4,20 +4,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import optuna
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from ..mistakes import Mistake
+from ..mistakes import shown as shown_value
 from ..signals import Interrupted, Signals
 from .settings import Sweep
 from .space import Space
 from .storage import shown
-from .study import POLL, Ended, Study, Taken, attempts, is_over
+from .study import POLL, Claim, Ended, Study, Taken, attempts, has_ended
 from .trial import Trial, fit_words
 
 WIDTH = 16  # of a column of the progress table
@@ -51,7 +52,8 @@ class Progress:
                 if trial.state.is_finished() and trial.number not in self.shown:
                     self.shown.add(trial.number)
                     self.say(row(slot, trial, self.columns, len(self.sweep.objectives)))
-        self.bar.n = sum(is_over(tried, study.sweep.retries) for tried in found.values())
+        self.bar.total = max(study.slots, len(found))  # fewer may be asked for than there are
+        self.bar.n = sum(has_ended(tried, study.sweep.retries) for tried in found.values())
         told = [f"best {names(self.sweep)} {best}" for best in [best_so_far(found, self.sweep)] if best]
         running = [t for tried in found.values() for t in tried if t.state == TrialState.RUNNING]
         told += [f"{t.user_attrs['slot']}: {latest(t)}" for t in running]
@@ -106,20 +108,19 @@ def best_so_far(found: Mapping[int, list[FrozenTrial]], sweep: Sweep) -> str:
     done = [t for tried in found.values() for t in tried if t.state == TrialState.COMPLETE]
     if not done:
         return ""
-    sign = 1 if next(iter(sweep.objectives.values())) == "maximize" else -1
-    best = max(done, key=lambda t: sign * t.values[0])
+    best = max(done, key=lambda t: sweep.signs[0] * t.values[0])
     return f"{best.values[0]:.4f} (trial {best.user_attrs['slot']})"
 
 
 # ------------------------------------------------------------------------------------------------ working
 def work(sweep: Sweep, url: str, out: Path) -> Study:
     """Take part in a study until it is over. `Interrupted` if a signal comes: the trial in hand is given back."""
-    with Signals() as signals:
+    with Signals(keyboard=True) as signals:
         progress = Progress(sweep)
         try:
             base = base_settings(sweep)
             space = sweep.space_over(base)
-            study = Study(sweep, url, progress.say)
+            study = Study(sweep, url, progress.say, signals)
             if not study.trials():
                 rehearse(sweep, space, base)
             study.join(base)
@@ -128,12 +129,12 @@ def work(sweep: Sweep, url: str, out: Path) -> Study:
             progress.head(study, [p.key for p in space.parameters])
             signals.deferred = True
             while not study.is_over():
-                trial = study.claim()
+                claim = study.claim()
                 progress.update(study)
-                if trial is None:
+                if claim is None:
                     time.sleep(POLL)
                 else:
-                    attempt(study, trial, space, base, out, signals, progress)
+                    attempt(study, claim, space, base, out, signals, progress)
                     progress.update(study)
                 if signals.received:
                     raise Interrupted(signals.received, f"stopped. The same command goes on with study {sweep.study}.")
@@ -145,7 +146,7 @@ def work(sweep: Sweep, url: str, out: Path) -> Study:
 
 def attempt(
     study: Study,
-    trial: optuna.Trial,
+    claim: Claim,
     space: Space,
     base: Mapping[str, Any],
     out: Path,
@@ -153,7 +154,7 @@ def attempt(
     progress: Progress,
 ) -> None:
     """Run one attempt at a trial, and tell the study how it ended."""
-    shown_at = 0.0
+    trial, shown_at = claim.trial, 0.0
 
     def look() -> None:
         nonlocal shown_at
@@ -166,14 +167,15 @@ def attempt(
         study.beat(trial)
         point = study.choose(trial, space, base)
         study.note(trial, "point", point)
-        slot = study.study._storage.get_trial(trial._trial_id).user_attrs["slot"]
-        seed = int(base.get("seed_everything", 0))
+        seed = base["seed_everything"]
         ended = Trial(
-            study.sweep, out, slot, point, seed, signals, look, lambda value, step: study.report(trial, value, step)
+            *(study.sweep, out, claim.slot, claim.token, point, seed, signals, look),
+            on_value=lambda value, step: study.report(trial, value, step),
         ).run()
         study.finish(trial, ended)
-    except KeyboardInterrupt:
-        study.finish(trial, Ended("returned", reason="interrupted from the keyboard"))
+    except Mistake:
+        with suppress(Taken):
+            study.finish(trial, Ended("returned", reason="its worker could not go on"))
         raise
     except Taken:
         progress.say("A trial of this worker has been given to another, since it seemed to be dead.")
@@ -182,7 +184,10 @@ def attempt(
 # ------------------------------------------------------------------------------------------------ before the first
 def base_settings(sweep: Sweep) -> dict[str, Any]:
     """The config's settings by dotted key. Mistake if it is wrong."""
-    return flat(yaml.safe_load(printed(["fit", *(w for file in sweep.configs for w in ("-c", file)), *sweep.options])))
+    base = flat(yaml.safe_load(printed(["fit", *(w for file in sweep.configs for w in ("-c", file)), *sweep.options])))
+    if type(base["seed_everything"]) is not int:
+        raise Mistake(f"seed_everything must be a whole number. Got {shown_value(base['seed_everything'])}.")
+    return base
 
 
 def rehearse(sweep: Sweep, space: Space, base: Mapping[str, Any]) -> None:
@@ -216,8 +221,3 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found
-
-
-def command_of(sweep: Sweep, point: Mapping[str, Any], seed: int) -> list[str]:
-    """The words of a fit that repeats a trial."""
-    return ["python", "-m", "lightning_iwae", *fit_words(sweep, point, seed)]
