@@ -219,6 +219,7 @@ class Study:
                     self._storage.set_trial_state_values(waiting._trial_id, TrialState.FAIL)
                 elif self._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
                     self._storage.set_trial_user_attr(waiting._trial_id, "worker", self.worker)
+                    self._beaten = -math.inf
                     seed = self.sweep.seed + 1000 * waiting.user_attrs["slot"] + waiting.user_attrs["attempt"]
                     self.study.sampler = self.sweep.make_sampler(seed)
                     return Claim(

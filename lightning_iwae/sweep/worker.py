@@ -159,7 +159,7 @@ def attempt(
     def look() -> None:
         nonlocal shown_at
         study.beat(trial)
-        if not progress.bar.disable and time.monotonic() - shown_at > 5:
+        if not progress.bar.disable and study.answering is not None and time.monotonic() - shown_at > 5:
             shown_at = time.monotonic()
             progress.update(study)
 
