@@ -123,7 +123,7 @@ class Cluster:
     def about(self, job):
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "show", "job", job)))
 
-    def wait(self, job, reached, seconds=150):
+    def wait(self, job, reached, seconds=400):
         """Until `reached()`, or until the job is in the state that is named."""
         deadline = time.monotonic() + seconds
         while not (self.about(job)["JobState"] == reached if isinstance(reached, str) else reached()):
