@@ -23,7 +23,8 @@ SHOWN = {
     "ess": "ESS / 5000, test",
     "snr/phi": "SNR of phi's gradient, end of training",
 }
-PANELS = ("log_px", "kl_q_posterior", "ess", "snr/phi")
+AGAINST = "log p(x) against iwae 64, within seeds"
+PANELS = (AGAINST, "kl_q_posterior", "ess", "snr/phi")
 
 
 def read(run: Path) -> tuple[str, int, int, dict[str, float]]:
@@ -52,30 +53,30 @@ def main() -> None:
         values = np.array([found[name] for found in by_seed[key].values()])
         return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
-    def against_iwae(key: tuple[str, int]) -> str:
-        theirs = by_seed.get(("iwae", 64), {})
-        pairs = [(found, theirs[seed]) for seed, found in by_seed[key].items() if seed in theirs]
-        differences = np.array([a["log_px"] - b["log_px"] for a, b in pairs])
-        if key == ("iwae", 64) or len(differences) < 2:
-            return ""
-        return f"{differences.mean():+.3f} ± {differences.std(ddof=1) / math.sqrt(len(differences)):.3f}"
+    def against_iwae(key: tuple[str, int]) -> tuple[float, float]:
+        theirs = by_seed["iwae", 64]
+        found = np.array([mine["log_px"] - theirs[seed]["log_px"] for seed, mine in by_seed[key].items()])
+        return float(found.mean()), float(found.std(ddof=1) / math.sqrt(len(found)))
 
-    heads = ["phi", "particles", "seeds", *SHOWN.values(), "log p(x) against iwae 64, by seed"]
-    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    def cell(key: tuple[str, int], name: str) -> str:
+        mean, error = summary(key, name) if name in SHOWN else against_iwae(key)
+        return f"{mean:+.3f} ± {error:.3f}" if name == AGAINST else f"{mean:.3f} ± {error:.3f}"
+
+    columns = {**SHOWN, AGAINST: AGAINST}
+    print(f"| phi | particles | seeds | {' | '.join(columns.values())} |\n{'|---' * (len(columns) + 3)}|")
     for estimator in estimators:
         for particles in sorted(k for e, k in by_seed if e == estimator):
             key = estimator, particles
-            cells = ["{:.3f} ± {:.3f}".format(*summary(key, name)) for name in SHOWN]
-            print(f"| {estimator} | {particles} | {len(by_seed[key])} | {' | '.join(cells)} | {against_iwae(key)} |")
+            print(f"| {estimator} | {particles} | {len(by_seed[key])} | {' | '.join(cell(key, n) for n in columns)} |")
 
     drawn = figures.figure(6.4)
     for axis, name in zip(drawn.subplots(2, 2).flat, PANELS, strict=True):
         for i, (estimator, colour) in enumerate(zip(estimators, figures.COLOURS, strict=False)):
-            particles = sorted(k for e, k in by_seed if e == estimator)
-            means, errors = zip(*(summary((estimator, k), name) for k in particles), strict=True)
-            at = [k * 1.04 ** (i - 1) for k in particles]
+            keys = sorted(key for key in by_seed if key[0] == estimator)
+            means, errors = zip(*(summary(k, name) if name in SHOWN else against_iwae(k) for k in keys), strict=True)
+            at = [k * 1.04 ** (i - 1) for _, k in keys]
             axis.errorbar(at, means, errors, fmt="o-", color=colour, ms=4, lw=1.5, capsize=3, label=estimator)
-        axis.set(title=SHOWN[name], xlabel="phi's particles, of 64 samples", xscale="log")
+        axis.set(title=columns[name], xlabel="phi's particles, of 64 samples", xscale="log")
         axis.set_xticks([1, 4, 8, 16, 64], ["1", "4", "8", "16", "64"], minor=False)
         axis.minorticks_off()
         axis.title.set_fontsize(11)
