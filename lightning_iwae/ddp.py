@@ -1,6 +1,7 @@
 """One run in several processes: what ends it when one of them is lost."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import DistError
 
+OF_GLOO = "gloo/|caused pair closure|Connection (closed|reset) by peer"
 GRACE = 10  # seconds that the first process has to end in good order, once one that it started has failed
 
 
@@ -25,7 +27,8 @@ class LostProcess(RuntimeError):
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error is torch's way of saying that another process no longer answers."""
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    told = isinstance(error, RuntimeError) and re.search(OF_GLOO, str(error)) is not None
+    return told or isinstance(error, DistError)
 
 
 def message(trainer: Trainer) -> str:

@@ -136,3 +136,16 @@ def test_only_what_torch_says_of_other_processes_is_a_loss():
 def test_timeout_must_be_positive(timeout):
     with pytest.raises(ValueError, match=r"DDP\.timeout must be positive\. Got"):
         DDP(timeout)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),  # torch 2.13, of one that hangs
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("gloo/"), False),
+    ],
+)
+def test_what_torch_says_of_a_lost_process(error, lost):
+    assert is_lost(error) is lost
