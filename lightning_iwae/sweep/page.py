@@ -7,6 +7,7 @@ import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import stdev
 from typing import Any, NamedTuple
 
 import jinja2
@@ -111,11 +112,7 @@ def standard_errors(trial: FrozenTrial) -> tuple[float | None, ...]:
     n = len(by_seed)
     if n < 2:
         return tuple(None for _ in trial.values or ())
-    errors = []
-    for column in zip(*by_seed, strict=True):
-        mean = sum(column) / n
-        errors.append((sum((v - mean) ** 2 for v in column) / (n - 1) / n) ** 0.5)
-    return tuple(errors)
+    return tuple(stdev(column) / n**0.5 for column in zip(*by_seed, strict=True))
 
 
 def best(rows: list[Row], sweep: Sweep) -> list[Row]:

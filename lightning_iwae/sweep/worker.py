@@ -41,7 +41,7 @@ class Progress:
         """What the columns are."""
         self.bar.total = study.slots
         self.columns = keys
-        names = [*self.sweep.objectives, "seconds", *(short(key, keys) for key in keys)]
+        names = [*self.sweep.objectives, "seconds", *(short(key) for key in keys)]
         self.say(f"{'trial':>5} {'outcome':9} " + " ".join(f"{name:>{WIDTH}}" for name in names))
 
     def update(self, study: Study) -> None:
@@ -65,7 +65,7 @@ class Progress:
         self.bar.close()
 
 
-def short(key: str, keys: list[str]) -> str:
+def short(key: str) -> str:
     """A key without what says nothing: `phi.particles` of model.phi.particles."""
     names = [n for n in key.split(".") if n not in ("model", "init_args", "trainer", "data")]
     return ".".join(names[-2:])[-WIDTH:]
