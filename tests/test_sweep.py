@@ -310,6 +310,7 @@ def test_what_is_missing_can_be_put_in_twice_and_counts_once(tmp_path):
     taken = [who.claim() for who in (one, two, one, two, one)]
     assert [claim and claim.trial.number for claim in taken] == [0, 1, 2, None, None]
     assert Counter(t.state for t in one.trials()) == {TrialState.RUNNING: 3, TrialState.FAIL: 3}
+    assert [t.user_attrs["outcome"] for t in one.trials() if t.state == TrialState.FAIL] == ["surplus"] * 3
     for who, claim in zip((one, two, one), taken, strict=False):
         who.finish(claim.trial, study.Ended("finished", (1.0,)))
     assert one.is_over() and two.is_over()

@@ -56,7 +56,7 @@ class Claim(NamedTuple):
 class Ended(NamedTuple):
     """How an attempt ended."""
 
-    outcome: str  # finished, pruned, failed (not tried again), broken (tried again), lost, returned (by its worker)
+    outcome: str  # finished, pruned, failed (not tried again), broken (tried again), lost, returned, surplus
     values: tuple[float, ...] = ()
     reason: str = ""
     notes: Mapping[str, Any] = {}
@@ -103,6 +103,7 @@ def ours() -> Iterator[None]:
 
 
 NEVER_BEGUN = Ended("returned", reason="taken by a worker that died before it began")
+SURPLUS = Ended("surplus", reason="another worker put the same attempt into the study just before")
 
 
 class Study:
@@ -215,8 +216,8 @@ class Study:
         ours = [t for t in trials if t.user_attrs.get("slot", self.slots) < self.slots]
         for waiting in (t for t in ours if t.state == TrialState.WAITING):
             try:
-                if waiting.number not in chosen:  # another worker put the same in just before
-                    self._storage.set_trial_state_values(waiting._trial_id, TrialState.FAIL)
+                if waiting.number not in chosen:
+                    self._end(waiting._trial_id, SURPLUS)
                 elif self._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
                     self._storage.set_trial_user_attr(waiting._trial_id, "worker", self.worker)
                     self._beaten = -math.inf
@@ -227,7 +228,7 @@ class Study:
                         waiting.user_attrs["slot"],
                         attempts(trials)[waiting.user_attrs["slot"]][0].user_attrs["token"],
                     )
-            except UpdateFinishedTrialError:
+            except (UpdateFinishedTrialError, Taken):
                 continue
         return None
 
