@@ -19,6 +19,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -385,7 +386,7 @@ def find(side: str, name: str, options: dict[str, Any]) -> Callable:
         )
     else:
         function = _imported(side, name, list(table))
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    parameters = _options(function)
     known = [p.name for p in parameters]
     for option in options:
         if option not in known:
@@ -395,6 +396,11 @@ def find(side: str, name: str, options: dict[str, Any]) -> Callable:
         if p.default is p.empty and p.name not in options:
             raise ValueError(f"{side}: estimator {name!r} needs the option {p.name!r}.")
     return function
+
+
+@lru_cache
+def _options(function: Callable) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())[1:]
 
 
 def _imported(side: str, name: str, known: list[str]) -> Callable:

@@ -1,6 +1,7 @@
 """The LightningModule: two optimisers, one backward pass, one step of both networks."""
 
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -18,6 +19,7 @@ from . import __version__, bounds, routing
 from .diagnostics import LEAST_PARTICLES, active_units
 from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, mean_variances, moment
 from .models import Batch, check_model, data_shape, given, split, takes_labels
+from .models.likelihoods import compile_likelihoods
 from .randomness import forked, seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
 from .sides import Side
@@ -47,6 +49,7 @@ class IWModule(LightningModule):
         method: "auto" takes one backward pass where that is proven equal; "separate" always two.
         whole_batch_noise: draw the noise of the batch of all processes and take this rank's part, so that a run
             does not depend on the number of processes; costs their encoder passes.
+        compile: have torch.compile make one loop of each likelihood's value and gradient; Bernoulli's only.
         test_particles: K of log p(x) and ESS in `test`.
         seed: of the samples; the command line sets it to seed_everything.
     """
@@ -69,6 +72,7 @@ class IWModule(LightningModule):
         accumulate: int = 1,
         method: routing.Method = "auto",
         whole_batch_noise: bool = False,
+        compile: bool = False,
         test_particles: int = 5000,
         seed: int = 0,
     ) -> None:
@@ -97,6 +101,12 @@ class IWModule(LightningModule):
             raise ValueError(f"model.scheduler_interval must be epoch or step. Got {scheduler_interval}.")
         if method not in get_args(routing.Method):
             raise ValueError(f"model.method must be {' or '.join(get_args(routing.Method))}. Got {method}.")
+        if compile and not compile_likelihoods(network):
+            warnings.warn(
+                f"model.compile does nothing for {type(network).__name__}, which has no Bernoulli likelihood of "
+                "models.likelihoods.",
+                stacklevel=2,
+            )
         self.automatic_optimization = False
         self.network: Any = network
         self.kl_warmup = kl_warmup
@@ -114,12 +124,13 @@ class IWModule(LightningModule):
         self._untrained = True
         self._batches = 0  # of the accumulation window so far
         self._failure = ""
+        self._finite: Tensor | bool = True  # every gradient of this fit
 
     # -------------------------------------------------------------------------------------------- set-up
     def configure_optimizers(self) -> Any:
-        """theta's, then phi's."""
-        theta = self.optimizer_theta(self.network.generative.parameters())
-        phi = self.optimizer_phi(self.network.inference.parameters())
+        """theta's, then phi's; each as one kernel, where torch has that and the config does not say otherwise."""
+        theta = fused(self.optimizer_theta(self.network.generative.parameters()))
+        phi = fused(self.optimizer_phi(self.network.inference.parameters()))
         pairs = ((self.scheduler_theta, theta), (self.scheduler_phi, phi))
         schedulers = [make(optimizer) for make, optimizer in pairs if make is not None]
         if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
@@ -140,9 +151,15 @@ class IWModule(LightningModule):
         """Its weights are trained ones."""
         self._untrained = False
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the last good checkpoint: after a gradient that was not finite there is nothing to save."""
+        if not self._finite:
+            raise FloatingPointError(f"Step {self.global_step}: a gradient was not finite.{self._when()}")
+
     def on_fit_start(self) -> None:
         """Refuse what would be wrong without a word, and let Lightning count steps instead of batches."""
         check_precision(self.trainer.precision)
+        self._finite = True
         self.trainer.accumulate_grad_batches = self.accumulate
 
     def on_fit_end(self) -> None:
@@ -189,7 +206,9 @@ class IWModule(LightningModule):
         q = self._whole_batch_posterior(batch) if self.whole_batch_noise else None
         drawn = self.draw(batch, q)
         loss = self.loss(drawn)
-        if not torch.isfinite(loss):
+        logged = self._is_logged
+        looked_at = logged or self.device.type == "cpu"  # elsewhere a look makes the device wait
+        if looked_at and not torch.isfinite(loss):
             self._failure = self._not_finite(batch, drawn)
             loss = loss * math.nan  # through the all-reduce it stops every process, and none waits for another
 
@@ -197,10 +216,17 @@ class IWModule(LightningModule):
         with nullcontext() if last else self._local_gradients():
             self.manual_backward(loss)
         if last:
-            self._step()
-        self._log_bounds(drawn.log_w)
+            self._step(looked_at)
+        if logged:
+            self._log_bounds(drawn.log_w)
 
-    def _step(self) -> None:
+    @property
+    def _is_logged(self) -> bool:
+        """Whether the step that this batch belongs to is one of every `trainer.log_every_n_steps`."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
+
+    def _step(self, looked_at: bool) -> None:
         theta, phi = cast(list[LightningOptimizer], self.optimizers())
         for name, network, clip in (
             ("generative", self.network.generative, self.clip_theta),
@@ -210,9 +236,10 @@ class IWModule(LightningModule):
                 if p.grad is not None:
                     p.grad /= self._batches
             norm = nn.utils.clip_grad_norm_(network.parameters(), clip or math.inf)
-            if not torch.isfinite(norm):
+            self._finite = self._finite & torch.isfinite(norm)
+            if looked_at and not self._finite:
                 failure = f"Step {self.global_step}: the {name} network's gradient is not finite."
-                raise FloatingPointError(self._failure or failure)
+                raise FloatingPointError((self._failure or failure) + self._when())
         theta.step()
         phi.optimizer.step()  # past Lightning's wrapper, which would count a second step
         # An epoch's schedulers too step here: later than this, and a checkpoint of its last batch would lack it.
@@ -220,6 +247,15 @@ class IWModule(LightningModule):
             schedulers = self.lr_schedulers() or []
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 cast(LRScheduler, scheduler).step()
+
+    def _when(self) -> str:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.device.type == "cpu" or every == 1:
+            return ""
+        return (
+            f" It may have been so for up to {every - 1} steps: on {self.device.type} the steps that are logged are "
+            "looked at. trainer.log_every_n_steps=1 names the step and the term."
+        )
 
     def _whole_batch_posterior(self, batch: Batch) -> "Rows":
         x, y = (t if t is None else cast(Tensor, self.all_gather(t)).reshape(-1, *t.shape[1:]) for t in split(batch))
@@ -352,6 +388,20 @@ class IWModule(LightningModule):
 
     def _seed_evaluation(self, stage: str, batch_idx: int) -> None:
         torch.manual_seed(seed_for(self.seed, stage, self.global_rank, batch_idx))
+
+
+def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser, as one kernel over all its parameters if torch has that for them and nothing else was asked for.
+
+    Its steps are the same but for rounding.
+    """
+    choices = [optimizer.defaults.get(name) for name in ("foreach", "capturable", "differentiable")]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    can = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters)
+    if can and optimizer.defaults.get("fused", False) is None and not any(choices):
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    return optimizer
 
 
 def check_precision(precision: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Bernoulli, Independent
 
 from lightning_iwae.models import MLP, LinearGaussian
-from lightning_iwae.models.likelihoods import BernoulliPixels
+from lightning_iwae.models.bernoulli import BernoulliPixels
 
 
 def test_the_papers_network_has_425284_parameters():

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_iwae import Side, iw_loss, routing
 from lightning_iwae.models import MLP
 from lightning_iwae.models.base import full_precision
-from lightning_iwae.models.likelihoods import BernoulliPixels
+from lightning_iwae.models.bernoulli import BernoulliPixels
 
 S, B, Z, X = 8, 5, 3, 4
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 from zuko.distributions import NormalizingFlow
 from zuko.flows import NICE
 
 from .base import full_precision
+from .normal import DiagonalNormal
 
 
 class Flow(nn.Module):
@@ -35,7 +36,7 @@ class Flow(nn.Module):
     def forward(self, output: Tensor) -> Distribution:
         """Batch shape (B,), event shape (Z,)."""
         mean, log_scale, context = full_precision(output).chunk(3, -1)
-        base = Independent(Normal(mean, log_scale.exp(), validate_args=False), 1)
+        base = DiagonalNormal(mean, log_scale.exp())
         return CouplingFlow(self.couplings(context), base)
 
 

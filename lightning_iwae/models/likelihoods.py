@@ -5,10 +5,11 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
+from torch.distributions import Distribution, Independent, constraints
 
 from .base import full_precision
+from .bernoulli import BernoulliPixels, Compiled, Kernel, eager
+from .normal import DiagonalNormal
 
 Name = Literal["bernoulli", "gaussian", "discretised-logistic"]
 
@@ -28,46 +29,23 @@ class BernoulliLikelihood(nn.Module):
 
     def __init__(self, pixels: int) -> None:
         super().__init__()
+        self.kernel: Kernel = eager
 
     def forward(self, output: Tensor) -> Distribution:
         """Of outputs (..., X)."""
-        return BernoulliPixels(full_precision(output))
+        return BernoulliPixels(output, self.kernel)
 
     def output_of(self, mean: Tensor) -> Tensor:
         """Log-odds of a mean (X,) clipped to [0.001, 0.999]."""
         return torch.logit(mean.clamp(0.001, 0.999))
 
 
-class BernoulliPixels(Independent):
-    """A Bernoulli per pixel from logits (..., X), with a faster log_prob than torch's, for x anywhere in [0, 1]."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__(Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
-        self.logits = logits
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """sum x * logit + log(1 - p) over pixels, shape (...,). Nats."""
-        shape = torch.broadcast_shapes(self.logits.shape, value.shape)
-        return _BernoulliLogProb.apply(self.logits.expand(shape), value)
-
-
-class _BernoulliLogProb(torch.autograd.Function):
-    """sum x * l - log(1 + exp l) over the last axis, whose gradient x - sigmoid(l) takes one array less each way."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, x)
-        softplus = F.softplus(logits, threshold=40.0)  # above it softplus(l) = l to the last bit
-        return softplus.neg_().addcmul_(logits, x).sum(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, seed: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits, x = ctx.saved_tensors
-        seed = seed.unsqueeze(-1)
-        p = torch.sigmoid(logits)
-        x_gradient = (seed * logits).sum_to_size(x.shape) if ctx.needs_input_grad[1] else None
-        return torch.sub(x, p, out=p).mul_(seed), x_gradient
+def compile_likelihoods(network: nn.Module) -> bool:
+    """Have torch.compile make one loop of each Bernoulli likelihood's value and gradient; whether there is any."""
+    found = [module for module in network.modules() if isinstance(module, BernoulliLikelihood)]
+    for module in found:
+        module.kernel = Compiled()
+    return bool(found)
 
 
 # ------------------------------------------------------------------------------------------------ grey values
@@ -84,7 +62,7 @@ class Gaussian(nn.Module):
     def forward(self, output: Tensor) -> Distribution:
         """Of outputs (..., X)."""
         scale = full_precision(self.log_scale).exp() + 1e-3
-        return Independent(Normal(full_precision(output), scale, validate_args=False), 1, validate_args=False)
+        return DiagonalNormal(full_precision(output), scale)
 
     def output_of(self, mean: Tensor) -> Tensor:
         """The mean itself."""

@@ -4,9 +4,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution, MultivariateNormal
 
 from .base import full_precision
+from .normal import DiagonalNormal
 
 Name = Literal["diagonal", "full", "flow"]
 
@@ -32,7 +33,7 @@ class Diagonal(nn.Module):
     def forward(self, output: Tensor) -> Distribution:
         """Of outputs (B, 2 Z)."""
         mean, log_scale = full_precision(output).chunk(2, -1)
-        return Independent(Normal(mean, log_scale.exp(), validate_args=False), 1)
+        return DiagonalNormal(mean, log_scale.exp())
 
 
 class FullCovariance(nn.Module):

@@ -5,8 +5,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Distribution, MixtureSameFamily
 from torch.func import functional_call
+
+from .normal import DiagonalNormal
 
 Name = Literal["standard", "normal", "mixture", "vamp"]
 
@@ -35,7 +37,7 @@ class Standard(nn.Module):
 
     def forward(self, encoder: Any = None) -> Distribution:
         """The prior."""
-        return Independent(Normal(self.origin, torch.ones_like(self.origin), validate_args=False), 1)
+        return DiagonalNormal(self.origin, torch.ones_like(self.origin))
 
 
 class LearntNormal(nn.Module):
@@ -48,7 +50,7 @@ class LearntNormal(nn.Module):
 
     def forward(self, encoder: Any = None) -> Distribution:
         """The prior."""
-        return Independent(Normal(self.mean, self.log_scale.exp(), validate_args=False), 1)
+        return DiagonalNormal(self.mean, self.log_scale.exp())
 
 
 class Mixture(nn.Module):
@@ -62,7 +64,7 @@ class Mixture(nn.Module):
 
     def forward(self, encoder: Any = None) -> Distribution:
         """The prior."""
-        parts = Independent(Normal(self.means, self.log_scales.exp(), validate_args=False), 1)
+        parts = DiagonalNormal(self.means, self.log_scales.exp())
         return MixtureSameFamily(Categorical(logits=self.logits), parts, validate_args=False)
 
 

@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution, Independent
 
 from . import likelihoods
 from .base import full_precision
 from .layers import check_widths, set_output, tanh_layers
+from .normal import DiagonalNormal
 
 Conditional = Callable[[Tensor], Distribution]
 
@@ -56,7 +57,7 @@ class TwoLayer(nn.Module):
 
     def prior(self) -> Distribution:
         """p(z2) p(z1 | z2)."""
-        top = Independent(Normal(self.origin, torch.ones_like(self.origin), validate_args=False), 1)
+        top = DiagonalNormal(self.origin, torch.ones_like(self.origin))
         return Downwards(top, lambda z2: _normal(self.generative["second"], z2), self.latents[0])
 
     def posterior(self, x: Tensor) -> Distribution:
@@ -75,7 +76,7 @@ class TwoLayer(nn.Module):
 
 def _normal(layers: nn.Module, h: Tensor) -> Independent:
     mean, log_scale = full_precision(layers(h)).chunk(2, -1)
-    return Independent(Normal(mean, log_scale.exp(), validate_args=False), 1)
+    return DiagonalNormal(mean, log_scale.exp())
 
 
 class Upwards(Distribution):

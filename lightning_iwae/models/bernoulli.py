@@ -1,0 +1,131 @@
+"""A Bernoulli per pixel, of whose logits log-likelihood and gradient are made together.
+
+Beside the matrix products this is where a step's time goes: a decoder puts out S * B * X logits.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributions import Distribution, constraints
+
+from .base import full_precision
+
+Kernel = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+# ------------------------------------------------------------------------------------------------ the kernels
+def eager(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """sum x * l - log(1 + exp l) over the last axis of logits, (...,), and x - sigmoid(l), (..., X), if asked for.
+
+    On CPU one exponential serves both: with e = exp l and u = 1 + e they are sums of x * l - log u, and
+    (x - (1 - x) e) / u, which loses no digits for x of 0 or 1 and l of either sign. Where e overflows, and on other
+    devices, on which a look at the result would make the host wait, torch's own functions are taken.
+    """
+    if logits.device.type == "cpu":
+        e = logits.exp()
+        u = e + 1
+        delta = torch.addcmul(x, e, x - 1, out=e).div_(u) if gradient else None
+        log_prob = torch.addcmul(u.log_(), logits, x, value=-1, out=u).sum(-1).neg_()
+        if log_prob.isfinite().all():
+            return log_prob, delta
+    log_prob = torch.addcmul(F.softplus(logits, threshold=40.0).neg_(), logits, x).sum(-1)
+    return log_prob, x - torch.sigmoid(logits) if gradient else None
+
+
+def formula(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The same in one expression that never overflows, for a compiler to make one loop of."""
+    e = torch.exp(-logits.abs())
+    log_prob = (logits * x - logits.clamp(min=0) - torch.log1p(e)).sum(-1)
+    delta = torch.where(logits > 0, x * e - (1 - x), x - (1 - x) * e) / (1 + e) if gradient else None
+    return log_prob, delta
+
+
+class Compiled:
+    """`formula` by torch.compile; `eager`, after a warning, where that fails, as without a C++ compiler."""
+
+    def __init__(self) -> None:
+        self.kernel: Kernel | None = None  # from the first call on: the compiler takes seconds to import
+
+    def __call__(self, logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """As the kernel in use."""
+        try:
+            if self.kernel is None:
+                self.kernel = torch.compile(formula, dynamic=True)
+            return self.kernel(logits, x, gradient)
+        except Exception as error:  # of whatever kind: it is the compiler's
+            if self.kernel is eager:
+                raise
+            told = str(error).strip().splitlines() or [""]
+            warnings.warn(f"model.compile does nothing, as torch.compile failed: {told[0]}", stacklevel=2)
+            self.kernel = eager
+            return eager(logits, x, gradient)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Compiled, ()  # another process compiles its own
+
+
+# ------------------------------------------------------------------------------------------------ the distribution
+class BernoulliPixels(Distribution):
+    """A Bernoulli per pixel from logits (..., X), all X one event; for x anywhere in [0, 1].
+
+    Logits may have a lower precision, as they leave a network under autocast: log_prob is float32 all the same, and
+    only its gradient is rounded to theirs.
+    """
+
+    arg_constraints: ClassVar[dict] = {}  # type: ignore[misc]
+    support = constraints.independent(constraints.boolean, 1)
+
+    def __init__(self, logits: Tensor, kernel: Kernel = eager) -> None:
+        self.logits, self.kernel = logits, kernel
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """sum x * logit + log(1 - p) over pixels, shape (...,). Nats."""
+        shape = torch.broadcast_shapes(self.logits.shape, value.shape)
+        return _LogProb.apply(self.logits.expand(shape), value, self.kernel)
+
+    @property
+    def mean(self) -> Tensor:
+        """p = P(x = 1), (..., X)."""
+        return torch.sigmoid(full_precision(self.logits))
+
+    @property
+    def variance(self) -> Tensor:
+        """p (1 - p), (..., X)."""
+        return self.mean * (1 - self.mean)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Zeros and ones."""
+        with torch.no_grad():
+            return torch.bernoulli(self.mean.expand(self._extended_shape(sample_shape)))
+
+
+class _LogProb(torch.autograd.Function):
+    """sum x * l - log(1 + exp l) over the last axis; its gradient x - sigmoid(l) is kept instead of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor, kernel: Kernel) -> Tensor:
+        of_logits, of_x, _ = ctx.needs_input_grad
+        log_prob, delta = kernel(full_precision(logits).detach(), x.detach(), of_logits)
+        ctx.save_for_backward(None if delta is None else delta.to(logits.dtype), logits if of_x else None)
+        ctx.x_shape = x.shape
+        return log_prob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        delta, logits = ctx.saved_tensors
+        of_x = None if logits is None else (seed.unsqueeze(-1) * logits).sum_to_size(ctx.x_shape)
+        if delta is None or _all_ones(seed):
+            return delta, of_x, None
+        return (delta * seed.unsqueeze(-1)).to(delta.dtype), of_x, None
+
+
+def _all_ones(seed: Tensor) -> bool:
+    """Whether it is known that nothing is weighed, as in `routing.together`; on a GPU a look would make it wait."""
+    return seed.device.type == "cpu" and bool((seed == 1).all())
