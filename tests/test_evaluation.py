@@ -22,6 +22,7 @@ from torch.distributions import (
 from lightning_iwae.diagnostics import Tail, pareto_k
 from lightning_iwae.evaluation import (
     Totals,
+    cached,
     evaluate,
     evaluate_for_means,
     importance_sample,
@@ -107,6 +108,28 @@ def test_default_chunk_holds_four_million_numbers_of_data(shape, largest):
     model = script(60, shape[0])
     importance_sample(model, torch.zeros(1).expand(shape), 60)
     assert max(model.drawn) == largest
+
+
+@pytest.mark.parametrize("numbers", [1, 12, 7 * 12, 10**9])
+def test_what_the_cache_holds_is_decoded_at_once_and_changes_nothing(monkeypatch, numbers):
+    model, x = LinearGaussian(4).double(), torch.randn(3, 4, dtype=torch.float64)
+    likelihood, decoded = model.likelihood, []
+    torch.manual_seed(0)
+    expected = importance_sample(model, x, 50)
+    monkeypatch.setattr("lightning_iwae.evaluation.cached", lambda device: numbers)
+    monkeypatch.setattr(model, "likelihood", lambda z: decoded.append(len(z)) or likelihood(z))
+    torch.manual_seed(0)
+    for ours, theirs in zip(importance_sample(model, x, 50), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert max(decoded) == min(50, max(1, numbers // 12)) and sum(decoded) == 50
+
+
+def test_the_caches_size_is_a_number_of_floats():
+    torch.set_num_threads(1)
+    one = cached(torch.device("cpu"))
+    torch.set_num_threads(2)
+    assert cached(torch.device("cpu")) == 2 * one and 2**14 <= one <= 2**26
+    assert cached(torch.device("meta")) > 2**60
 
 
 def test_empty_batch():
