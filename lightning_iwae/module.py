@@ -20,7 +20,7 @@ from .diagnostics import LEAST_PARTICLES, active_units
 from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, mean_variances, moment
 from .models import Batch, check_model, data_shape, given, split, takes_labels
 from .models.likelihoods import compile_likelihoods
-from .randomness import forked, seed_for
+from .randomness import forked, reseed, seed_for
 from .schedule import Change, Objective, Schedule, kl_weight
 from .sides import Side
 from .weights import ess
@@ -202,7 +202,7 @@ class IWModule(LightningModule):
             self._batches, self._failure = 0, ""
         self._batches += 1
         rank = 0 if self.whole_batch_noise else self.global_rank
-        torch.manual_seed(seed_for(self.seed, "samples", rank, self.current_epoch, batch_idx))
+        reseed(seed_for(self.seed, "samples", rank, self.current_epoch, batch_idx), self.device)
         q = self._whole_batch_posterior(batch) if self.whole_batch_noise else None
         drawn = self.draw(batch, q)
         loss = self.loss(drawn)
@@ -235,7 +235,11 @@ class IWModule(LightningModule):
             for p in network.parameters() if self._batches > 1 else ():
                 if p.grad is not None:
                     p.grad /= self._batches
-            norm = nn.utils.clip_grad_norm_(network.parameters(), clip or math.inf)
+            parameters = list(network.parameters())
+            if clip is None:
+                norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+            else:
+                norm = nn.utils.clip_grad_norm_(parameters, clip)
             self._finite = self._finite & torch.isfinite(norm)
             if looked_at and not self._finite:
                 failure = f"Step {self.global_step}: the {name} network's gradient is not finite."
@@ -387,7 +391,7 @@ class IWModule(LightningModule):
         return {name: value for name, value in moments.items() if value is not None} | figures
 
     def _seed_evaluation(self, stage: str, batch_idx: int) -> None:
-        torch.manual_seed(seed_for(self.seed, stage, self.global_rank, batch_idx))
+        reseed(seed_for(self.seed, stage, self.global_rank, batch_idx), self.device)
 
 
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

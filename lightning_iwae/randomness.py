@@ -17,9 +17,20 @@ def seed_for(*key: int | str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def reseed(seed: int, device: torch.device) -> None:
+    """torch.manual_seed for streams of the CPU, or of `device` too; on CPU a hundredth of its price.
+
+    The rest goes into notes for devices that are not there: 0.2 ms, a hundredth of a small step.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 @contextmanager
 def forked(seed: int, device: torch.device) -> Iterator[None]:
     """torch's global streams, of the CPU and of `device`, start from `seed` inside, and are as before after it."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        reseed(seed, device)
         yield

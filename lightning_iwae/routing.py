@@ -101,21 +101,23 @@ def loss(drawn: Draw, theta: Side, phi: Side) -> Tensor:
     """`iw_loss` from samples already drawn; callable again, with other estimators, on the same draw."""
     log_w = drawn.log_w
     check_path(drawn, phi)
-    c, s = phi.phi(log_w)
-    ascent = [(drawn.log_q, s)]
+    down = -1 / log_w.shape[1]  # descent, and the mean over data
+    c, s = (down * channel for channel in phi.phi(log_w))
+    descent = [(drawn.log_q, s)]
     if theta.of_prior:
-        theta_grads, path = through_prior(drawn, theta), _over(c, drawn.path) if phi.needs_path else None
+        theta_grads = [down * g for g in through_prior(drawn, theta)]
+        path = _over(c, drawn.path) if phi.needs_path else None
     else:
         way = together if drawn.inside else separate
-        theta_grads, path = way(drawn, theta.theta(log_w), c if phi.needs_path else None)
+        theta_grads, path = way(drawn, down * theta.theta(log_w), c if phi.needs_path else None)
         if path is not None:
             (of_log_q,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True, materialize_grads=True)
             path = path - _over(c, of_log_q)
     if path is not None:
-        ascent.append((drawn.z, path))
-    tensors, gradients = zip(*ascent, *zip(drawn.theta, theta_grads, strict=True), strict=True)
+        descent.append((drawn.z, path))
+    tensors, gradients = zip(*descent, *zip(drawn.theta, theta_grads, strict=True), strict=True)
     value = bounds.miwae(theta.view(log_w)).mean()
-    result = _Loss.apply(-value, [-g / log_w.shape[1] for g in gradients], *tensors)
+    result = _Loss.apply(-value, gradients, *tensors)
     if phi.dreams:
         dreamt = dreams(drawn, len(phi.view(log_w)))
         result = result - (dreamt - dreamt.detach())
@@ -171,7 +173,7 @@ class _Loss(torch.autograd.Function):
     """A scalar `value` whose gradient with respect to each of `tensors` is the one given."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 

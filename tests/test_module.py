@@ -771,10 +771,10 @@ def test_validation_takes_the_mean_over_data():
 
 def test_test_reports_means_and_standard_errors():
     module, data = iw_module(seed=7, test_particles=100), digits()
-    fit(module, data, max_epochs=2)
+    fit(module, data, max_epochs=2, precision="64-true")
     with torch.no_grad():  # one unit that says nothing
         module.network.inference[-1].weight[1] = 0
-    trainer = quiet_trainer()
+    trainer = quiet_trainer(precision="64-true")
     trainer.test(module, data, verbose=False)
     first = copy.deepcopy(module.result)
     trainer.test(module, data, verbose=False)
@@ -782,6 +782,7 @@ def test_test_reports_means_and_standard_errors():
 
     figures, means = [], []
     for i, x in enumerate(data.test_dataloader()):
+        x = x.double()
         with torch.no_grad():
             at_64, *_ = log_weights(module.network, x, 64, 7, "test", 0, i)
             q = module.network.posterior(x)  # drawn next, from the same stream
@@ -799,7 +800,7 @@ def test_test_reports_means_and_standard_errors():
     names = ["iwae_64", "log_px", "elbo", "kl_q_posterior", "kl_is_64", "ess", "rate", "distortion", "k_hat_above_0.7"]
     for name, values in zip(names, figures, strict=True):
         expected = {"mean": values.mean().item(), "se": values.std().item() / math.sqrt(50)}
-        assert first[name] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+        assert first[name] == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert trainer.callback_metrics[f"test/{name}"].item() == pytest.approx(expected["mean"], rel=1e-5, abs=1e-6)
     assert first["active_units"] == int((means.var(0) > 0.01).sum()) == 2
     assert trainer.callback_metrics["test/active_units"] == 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_iwae.randomness import forked, seed_for
+from lightning_iwae.randomness import forked, reseed, seed_for
 
 CPU = torch.device("cpu")
 
@@ -30,3 +30,11 @@ def test_forked_puts_the_stream_back_after_an_error():
     with pytest.raises(KeyError), forked(7, CPU):
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_reseeding_starts_torchs_own_streams():
+    torch.manual_seed(7)
+    expected = torch.randn(3), torch.rand(5)
+    for device in (CPU, torch.device("meta")):
+        reseed(7, device)
+        assert torch.equal(torch.randn(3), expected[0]) and torch.equal(torch.rand(5), expected[1])
