@@ -806,7 +806,7 @@ def test_test_reports_means_and_standard_errors():
     assert trainer.callback_metrics["test/active_units"] == 2
     rest = {k: v for k, v in first.items() if k not in names}
     with torch.no_grad():
-        of_training_data = module.network.posterior(data.probe(100)).mean.var(0)
+        of_training_data = module.network.posterior(data.probe(100).double()).mean.var(0)
     assert rest == {
         "active_units": 2,
         "active_units_train": int((of_training_data > 0.01).sum()),
