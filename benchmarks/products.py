@@ -36,9 +36,9 @@ class Product:
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Random ones."""
         sizes = (self.rows, self.inner), (self.inner, self.columns)
-        pairs = zip(sizes, self.transposed, strict=True)
         left, right = (
-            torch.randn(n, m, dtype=dtype).t() if t else torch.randn(m, n, dtype=dtype) for (m, n), t in pairs
+            torch.randn(n, m, dtype=dtype).t() if transposed else torch.randn(m, n, dtype=dtype)
+            for (m, n), transposed in zip(sizes, self.transposed, strict=True)
         )
         return left, right
 

@@ -127,5 +127,5 @@ def traffic(processes: int, parameters: int = PARAMETERS) -> float:
 
 
 def all_reduce_seconds(processes: int, latency: float, bandwidth: float) -> float:
-    """A ring's 2 (n - 1) hops, each of `latency` seconds, and the bytes that a process sends at `bandwidth` a second."""
+    """A ring's 2 (n - 1) hops of `latency` seconds each, and the bytes that a process sends at `bandwidth` a second."""
     return 2 * (processes - 1) * latency + traffic(processes) / bandwidth

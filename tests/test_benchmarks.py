@@ -26,9 +26,10 @@ TINY = Plan(0, 2, (3,), 16, (1, 16), (16,), 2, 300, 5, blocks=2, block=3, draws=
 
 
 def test_help_names_every_section_without_importing_torch():
-    code = "import sys; from benchmarks.__main__ import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    words = [sys.executable, "-X", "importtime", "-m", "benchmarks", "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and all(name in done.stdout for name in SECTIONS) and "20 minutes" in done.stdout
+    assert "argparse" in done.stderr and "torch" not in done.stderr
 
 
 @pytest.mark.parametrize("words", [["--only", "step,stpe"], ["--redraw", "--out", "nowhere"]])
@@ -209,7 +210,7 @@ def test_traffic_is_that_of_a_ring():
 def made_up():
     """Results of a machine on which ours take 100 ms, and pythae 350."""
     machine = {"cpu": "made up", "memory": 2**34, "torch": "2"}
-    times = dict.fromkeys(step.MAKERS, [0.2, 0.2]) | {ways.OURS: [0.1, 0.1], ways.PYTHAE: [0.3, 0.4]}
+    times = {name: [0.2, 0.2] for name in step.MAKERS} | {ways.OURS: [0.1, 0.1], ways.PYTHAE: [0.3, 0.4]}
     times |= {step.EACH: [0.08, 0.08], step.BEST: [0.06, 0.06]}
     del times[ways.COMPILED]
     product = {"name": "layer", "flop": 10**9, "way": "mm", "rate": 1e11}
@@ -222,7 +223,7 @@ def made_up():
         {"way": ways.CHUNKED, "batch": 20, "samples": K, "idle": 2**28, "peak": 2**28 + size * 2**20}
         for K, size in ((64, 100), (4096, 200))
     ]
-    values = {log_px.OURS: [-90.1, -90.0, -89.9], log_px.PYTHAE: [-90.2, -90.0, -89.8]}
+    values = {log_px.OURS: [-90.1, -90.0, -89.9], log_px.PYTHAE: [-90.0, -89.9, -89.8]}
     found = {
         "step": [point | {"skipped": {ways.COMPILED: "there is none"}}],
         "cost": costs,
@@ -258,7 +259,7 @@ def test_the_page_says_what_is_met_and_what_is_not():
         "| batch 128, 64 samples: ours / stock IWAE | ≤ 1.05 | 0.500 | met |",
         "| batch 128, 64 samples: products at the best rate / ours | ≥ 0.7 | 0.600 | **not met** |",
         "| fit / bare loop, batch 20 | ≤ 1.05 | 1.05 (1.02 .. 1.08) | met |",
-        "| log p(x): difference to pythae's, in standard errors | ≤ 3 | 0.00 | met |",
+        "| log p(x): difference to pythae's, in standard errors | ≤ 3 | 1.22 | met |",
         "| peak memory of the process, K = 4096 / K = 64, in chunks | ≤ 1.5 | 1.28 | met |",
         "| the same of what a step adds to the idle process | ≤ 1.5 | 2.00 | **not met** |",
         "| exponent of time in K from 64 to 4096, in chunks: at most | ≤ 1.05 | 1.00 | met |",
