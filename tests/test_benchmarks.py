@@ -270,7 +270,6 @@ def test_the_page_says_what_is_met_and_what_is_not():
     ):
         assert line in text, line
     assert text.count("not measured |") == sum(target.found(made_up()) is None for target in TARGETS)
-    assert not [line for line in text.splitlines() if len(line) > 130 and not line.startswith("|")]
 
 
 def test_a_page_of_one_section_is_a_page(tmp_path):
