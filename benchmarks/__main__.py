@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SECTIONS = {
@@ -58,7 +59,7 @@ def measured(name: str, quick: bool) -> dict:
     from . import fit, log_px, machine, memory, plan, scaling, step
 
     keep_freed_memory()
-    runs = {
+    runs: dict[str, Callable] = {
         "step": step.points,
         "cost": step.against_k,
         "operations": step.operations,

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,13 @@ def render(results: Results) -> str:
     """The page's text. Sections that were not measured are left out."""
     folder = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=False)
     folder.keep_trailing_newline = True
-    tables = {"cost": cost, "memory": memory, "log_px": of_log_px, "fit": of_fit, "operations": operations}
+    tables: dict[str, Callable] = {
+        "cost": cost,
+        "memory": memory,
+        "log_px": of_log_px,
+        "fit": of_fit,
+        "operations": operations,
+    }
     parts = {name: table(found(results, name)) if name in results else None for name, table in tables.items()}
     points = found(results, "step") if "step" in results else []
     return folder.get_template("page.md.jinja").render(
@@ -49,6 +55,7 @@ def render(results: Results) -> str:
         best=step.BEST,
         steps=[{**point, "rows": against(point["times"], point["skipped"], ways.OURS)} for point in points],
         products=products(points),
+        operations=found(results, "operations") if "operations" in results else None,
         scaling=of_scaling(found(results, "scaling")) if "scaling" in results else None,
         estimates=estimates(points),
         **parts,
@@ -116,11 +123,6 @@ def products(points: Sequence[dict]) -> dict | None:
     return {"batch": point["batch"], "rows": rows}
 
 
-def operations(section: dict) -> dict:
-    """As they are."""
-    return section
-
-
 def cost(rows: Sequence[dict]) -> dict:
     """Milliseconds, a row for each K and a column for each way."""
 
@@ -184,7 +186,7 @@ def of_scaling(rows: Sequence[dict]) -> list[tuple[str, ...]]:
 
 def estimates(points: Sequence[dict]) -> list[tuple[str, ...]]:
     """What the all-reduce takes on several links, and what it adds to a step."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for n, link, latency, bandwidth, assumed in LINKS:
         compute = assumed or next((statistics.median(p["times"][ways.OURS]) for p in points if p["batch"] == 128), None)
         if compute is None:

@@ -67,10 +67,10 @@ def of_decoding(data: int) -> list[Product]:
 
 
 # ------------------------------------------------------------------------------------------------ ways
-def ways_of(product: Product, dtype: torch.dtype) -> dict[str, Step]:
+def ways_of(product: Product, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """torch.mm; oneDNN's linear, by which torch.compile goes; and torch.mm with less than fp32 allowed inside."""
     left, right = product.factors(dtype)
-    ways: dict[str, Step] = {"mm": lambda: torch.mm(left, right)}
+    ways: dict[str, Callable[[], Tensor]] = {"mm": lambda: torch.mm(left, right)}
     if torch.backends.mkldnn.is_available():
         ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
     if dtype == torch.float32:

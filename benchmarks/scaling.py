@@ -52,7 +52,7 @@ def process(rank: int, folder: str, work: Work, plan: Plan) -> None:
         for name in sorted(steps, reverse=bool(i % 2)):
             before = loopback()
             dist.barrier()
-            times[name].append(timed(lambda step=steps[name]: together(step, calls), 1) / calls)
+            times[name].append(timed(partial(together, steps[name], calls), 1) / calls)
             sent += loopback() - before if name == SYNCHRONISED else 0
     if rank == 0:
         result = {"times": times, "traffic": sent / rounds / calls / PROCESSES, "threads": torch.get_num_threads()}

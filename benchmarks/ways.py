@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,10 @@ class Work:
 
 
 # ------------------------------------------------------------------------------------------------ the package's
-def piwae_loss(model: MLP, x: Tensor, work: Work, **options: int) -> Tensor:
+def piwae_loss(model: MLP, x: Tensor, work: Work, **options: Any) -> Tensor:
     """Its own gradient for each side."""
-    sides = {"theta": Side("iwae", work.samples), "phi": Side("iwae", work.phi)}
-    return iw_loss(model, x, samples=work.samples, **sides, **options)
+    theta, phi = Side("iwae", work.samples), Side("iwae", work.phi)
+    return iw_loss(model, x, samples=work.samples, theta=theta, phi=phi, **options)
 
 
 def piwae(work: Work) -> Step:
