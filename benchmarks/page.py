@@ -36,13 +36,7 @@ def render(results: Results) -> str:
     """The page's text. Sections that were not measured are left out."""
     folder = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=False)
     folder.keep_trailing_newline = True
-    tables: dict[str, Callable] = {
-        "cost": cost,
-        "memory": memory,
-        "log_px": of_log_px,
-        "fit": of_fit,
-        "operations": operations,
-    }
+    tables: dict[str, Callable] = {"cost": cost, "memory": memory, "log_px": of_log_px, "fit": of_fit}
     parts = {name: table(found(results, name)) if name in results else None for name, table in tables.items()}
     points = found(results, "step") if "step" in results else []
     return folder.get_template("page.md.jinja").render(
