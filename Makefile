@@ -30,9 +30,18 @@ test-slow: setup  ## Long statistics, real data, clusters, servers, faults; two 
 certify: setup  ## Check every estimator's expectation and write docs/estimators.md (a few minutes)
 	$(BIN)/python -m lightning_iwae certify --out docs/estimators.md
 
+bench: .venv-bench/installed  ## Measure speed and memory against others, write docs/performance.md (20 minutes)
+	.venv-bench/bin/python -m benchmarks
+
+.venv-bench/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt torch numpy
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable . -r benchmarks/requirements.txt
+	touch $@
+
 check: setup  ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: help setup run test test-slow certify check
+.PHONY: help setup run test test-slow certify bench check

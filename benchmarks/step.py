@@ -1,88 +1,100 @@
-"""One training step of PIWAE(8, 8) against a stock PyTorch IWAE step, interleaved in one process.
+"""Training steps: all ways at three batch sizes, cost against K, and where the time of ours goes."""
 
-    python benchmarks/step.py [--rounds 40] [--batch 128] [--samples 64] [--keep-memory]
-
-Both train the papers' network (784-200-200-50) by Adam from the same start on the same data. "stock" is what one
-would write by hand: torch.distributions throughout and `-logsumexp(log_w).mean().backward()`. "stock, our log_prob"
-uses the package's faster Bernoulli, so that only the gradients differ. "separate" is the package's plain way of two
-passes back through the decoder. --keep-memory is what the command line does (see cli.keep_freed_memory).
-"""
-
-import argparse
-import copy
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.distributions import Bernoulli, Independent
+from torch.profiler import ProfilerActivity, profile
 
-from lightning_iwae import Side, iw_loss
-from lightning_iwae.models import MLP
+from . import peers, ways
+from .machine import physical_memory
+from .plan import Plan
+from .products import Limit, of_step
+from .timing import Step, Unavailable, made, measure
+from .ways import Work
+
+EACH = "matrix products alone"
+BEST = "matrix products at the best rate"
+EACH_BF16 = "matrix products alone, bf16"
+
+MAKERS: dict[str, Callable[[Work], Step]] = {
+    ways.OURS: ways.piwae,
+    ways.COMPILED: ways.piwae_compiled,
+    ways.BF16: ways.piwae_bf16,
+    ways.BF16_COMPILED: partial(ways.piwae_compiled, precision=ways.bf16),
+    ways.CHUNKED: ways.piwae_chunked,
+    ways.STOCK_IWAE: ways.stock_iwae,
+    ways.TWO_GRADS: ways.two_grads,
+    ways.TWO_GRADS_OURS: partial(ways.two_grads, own_log_prob=True),
+    ways.PYTHAE: peers.pythae,
+    ways.JAX: peers.jax_step,
+    ways.JAX_IWAE: peers.jax_iwae,
+}
+CHECKED = (ways.OURS, ways.COMPILED, ways.BF16, ways.BF16_COMPILED, ways.CHUNKED)
+AGAINST_K = (ways.OURS, ways.CHUNKED, ways.STOCK_IWAE, ways.TWO_GRADS, ways.PYTHAE, ways.JAX)
+ARRAYS = 14  # of a float for each pixel and sample, at most alive at once: pythae's
 
 
-def stock_loss(model: MLP, x: Tensor, samples: int, own_log_prob: bool = False) -> Tensor:
-    """-L_K by autograd alone."""
-    q = model.posterior(x)
-    z = q.rsample((samples,))
-    p_x = model.likelihood(z) if own_log_prob else Independent(Bernoulli(logits=model.generative(z)), 1)
-    log_w = model.prior().log_prob(z) + p_x.log_prob(x) - q.log_prob(z)
-    return -torch.logsumexp(log_w, 0).mean()
+def points(plan: Plan) -> list[dict]:
+    """All ways, and the limit, at each batch size."""
+    return [point(Work(batch, plan.samples), plan) for batch in plan.batches]
 
 
-def stepper(model: MLP, loss: Callable[[MLP], Tensor]) -> Callable[[], None]:
-    """One step of Adam on `loss`, with a model and an optimiser of its own."""
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss(model).backward()
-        optimizer.step()
-
-    return step
-
-
-def main() -> None:
-    """Time every way in turn, round after round, and print medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--keep-memory", action="store_true")
-    args = parser.parse_args()
-    if args.keep_memory:
-        from lightning_iwae.cli import keep_freed_memory
-
-        keep_freed_memory()
-    torch.manual_seed(0)
-    model, x, S = MLP(), torch.bernoulli(torch.rand(args.batch, 784)), args.samples
-    piwae = {"samples": S, "theta": Side("iwae", S), "phi": Side("iwae", S // 8)}
-    ways = {
-        "stock IWAE": lambda m: stock_loss(m, x, S),
-        "stock IWAE, our log_prob": lambda m: stock_loss(m, x, S, own_log_prob=True),
-        "PIWAE": lambda m: iw_loss(m, x, **piwae),
-        "PIWAE, separate": lambda m: iw_loss(m, x, **piwae, method="separate"),
+def point(work: Work, plan: Plan) -> dict:
+    """Times of all ways at one batch size, and of the matrix products alone."""
+    limit, bf16 = Limit(of_step(work)), Limit(of_step(work), torch.bfloat16)
+    steps, skipped = made({name: partial(make, work) for name, make in MAKERS.items() if name != ways.CHUNKED})
+    settle(steps)
+    steps |= {EACH: limit.each, BEST: limit.best, EACH_BF16: bf16.each}
+    times = measure(steps, plan.seconds, plan.rounds)
+    times[BEST] = [limit.scale * seconds for seconds in times[BEST]]
+    return {
+        "batch": work.batch,
+        "samples": work.samples,
+        "flop": limit.flop,
+        "times": times,
+        "skipped": skipped,
+        "products": limit.table(),
     }
-    steps = {name: stepper(model, loss) for name, loss in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(args.rounds + 3):
-        for name, step in steps.items():
-            start = time.perf_counter()
+
+
+def against_k(plan: Plan) -> list[dict]:
+    """Times at the smallest batch for each K."""
+    return [cost(Work(min(plan.batches), K), plan) for K in plan.particles]
+
+
+def cost(work: Work, plan: Plan) -> dict:
+    """Times at one K of the ways that have the memory."""
+    steps, skipped = made({name: partial(roomy, MAKERS[name], work) for name in AGAINST_K})
+    settle(steps)
+    times = measure(steps, plan.seconds, plan.rounds)
+    return {"batch": work.batch, "samples": work.samples, "times": times, "skipped": skipped}
+
+
+def settle(steps: Mapping[str, Step]) -> None:
+    """Go past draws 1, 2, 4 and 8 of our ways, whose gradients are checked both ways; the next is the 16th."""
+    for name, step in steps.items():
+        for _ in range(8 if name in CHECKED else 0):
             step()
-            if i >= 3:
-                times[name].append(time.perf_counter() - start)
-    print(
-        f"batch {args.batch}, samples {S}, {torch.get_num_threads()} threads, {args.rounds} rounds, "
-        f"torch {torch.__version__}"
-    )
-    print(f"{'':<28}{'ms, median':>12}{'ratio to stock, median (quartiles)':>40}")
-    for name, own in times.items():
-        ratios = [a / b for a, b in zip(own, times["stock IWAE"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name:<28}{1e3 * statistics.median(own):>12.1f}{f'{middle:.3f} ({low:.3f} .. {high:.3f})':>40}")
 
 
-if __name__ == "__main__":
-    main()
+def roomy(make: Callable[[Work], Step], work: Work) -> Step:
+    """Unavailable where a step may take more than half of the machine's memory."""
+    need = ARRAYS * work.batch * work.samples * 784 * 4
+    if make is not ways.piwae_chunked and need > physical_memory() / 2:
+        raise Unavailable(f"may need {need / 2**30:.0f} GiB")
+    return make(work)
+
+
+def operations(plan: Plan, steps: int = 5, most: int = 14) -> dict:
+    """Where the time of our step goes at batch 128, or the largest there is: self time of torch's operations."""
+    work = Work(128 if 128 in plan.batches else max(plan.batches), plan.samples)
+    step = ways.piwae(work)
+    settle({ways.OURS: step})
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            step()
+    found = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in found)
+    rows = [{"name": row.key, "calls": row.count / steps, "share": row.self_cpu_time_total / total} for row in found]
+    return {"batch": work.batch, "samples": work.samples, "ms": total / steps / 1e3, "rows": rows[:most]}

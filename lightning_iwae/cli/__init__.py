@@ -56,7 +56,7 @@ Configs are explained in docs/configuration.md, everything else in README.md.
 def keep_freed_memory() -> None:
     """Have glibc reuse the large arrays of one step in the next, rather than return them and fault them in again.
 
-    Saves about a quarter of a step's time on CPU (benchmarks/step.py); other platforms are left as they are.
+    Saves about a quarter of a step's time on CPU; other platforms are left as they are.
     """
     import ctypes
 
