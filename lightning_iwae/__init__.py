@@ -6,12 +6,12 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .loading import load
-    from .routing import iw_loss
     from .sides import Side
+    from .slices import iw_loss
 
 __all__ = ["Side", "__version__", "iw_loss", "load"]
 # imported when first used: torch takes seconds
-HOME = {"Side": ".sides", "iw_loss": ".routing", "load": ".loading"}
+HOME = {"Side": ".sides", "iw_loss": ".slices", "load": ".loading"}
 
 
 def __getattr__(name: str) -> Any:

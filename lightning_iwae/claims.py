@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from . import bounds, routing
+from . import bounds
 from .estimators import theta_weights
 from .evaluation import importance_sample
 from .laboratory import Row, fit_slope
@@ -23,6 +23,7 @@ from .models import LinearGaussian
 from .parallel import Workers
 from .randomness import seed_for
 from .sides import Side
+from .slices import iw_loss
 from .weights import ess
 
 Z_LIMIT = 4.5  # standard errors
@@ -356,7 +357,7 @@ def train(theta: Side, phi: Side, steps: int, seed: int) -> tuple[float, float]:
     for _ in range(steps):
         optimizer.zero_grad()
         batch = x[torch.randint(1024, (64,))]
-        routing.iw_loss(model, batch, samples=64, theta=theta, phi=phi).backward()
+        iw_loss(model, batch, samples=64, theta=theta, phi=phi).backward()
         optimizer.step()
     with torch.no_grad():
         least = model.dim * (model.variance - 0.5 - 0.5 * math.log(2 * model.variance))

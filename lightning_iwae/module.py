@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from . import __version__, bounds, routing
+from . import __version__, bounds, routing, slices
 from .diagnostics import LEAST_PARTICLES, active_units
 from .evaluation import Totals, evaluate, evaluate_for_means, importance_sample, mean_variances, moment
 from .models import Batch, check_model, data_shape, given, split, takes_labels
@@ -50,6 +50,10 @@ class IWModule(LightningModule):
         whole_batch_noise: draw the noise of the batch of all processes and take this rank's part, so that a run
             does not depend on the number of processes; costs their encoder passes.
         compile: have torch.compile make one loop of each likelihood's value and gradient; Bernoulli's only.
+        chunk: samples per datum in memory at a time, see `slices`; null for all. Gradients are those of all samples
+            at once; a step takes one more forward pass.
+        memory: GiB that a step's samples may take at once, in place of `chunk`: where they would take more, a chunk is
+            chosen that fits. Null, the default, for no limit: a run then draws the same noise wherever it runs.
         test_particles: K of log p(x) and ESS in `test`.
         seed: of the samples; the command line sets it to seed_everything.
     """
@@ -73,6 +77,8 @@ class IWModule(LightningModule):
         method: routing.Method = "auto",
         whole_batch_noise: bool = False,
         compile: bool = False,
+        chunk: int | None = None,
+        memory: float | None = None,
         test_particles: int = 5000,
         seed: int = 0,
     ) -> None:
@@ -107,6 +113,7 @@ class IWModule(LightningModule):
                 "models.likelihoods.",
                 stacklevel=2,
             )
+        check_memory(chunk, memory, whole_batch_noise)
         self.automatic_optimization = False
         self.network: Any = network
         self.kl_warmup = kl_warmup
@@ -117,6 +124,8 @@ class IWModule(LightningModule):
         self.accumulate = accumulate
         self.method: routing.Method = method
         self.whole_batch_noise = whole_batch_noise
+        self.chunk, self.memory = chunk, memory
+        self._fitting: dict[tuple, int] = {}  # chunks within `memory`, by samples and shape of the batch
         self.test_particles = test_particles
         self.seed = seed
         self.result: dict[str, Any] = {}
@@ -181,14 +190,30 @@ class IWModule(LightningModule):
         into_epoch = max(0, self.trainer.fit_loop.batch_idx) / batches  # 0 where batches are without number
         return kl_weight(self.current_epoch + into_epoch, self.kl_warmup)
 
-    def draw(self, batch: Batch, q: Distribution | None = None) -> routing.Draw:
-        """Samples of a batch under the current objective, with what the gradients need."""
+    def draw(self, batch: Batch, q: Distribution | None = None) -> routing.Draw | slices.Slices:
+        """Samples of a batch under the current objective, with what the gradients need; in slices by `chunk`."""
         x, y = split(batch)
-        return routing.draw(self.network, x, self.objective.samples, self.method, q, y, self.kl_weight)
+        S, chunk = self.objective.samples, self.chunk
+        if self.memory is not None:
+            q = given(self.network, y).posterior(x) if q is None else q
+            chunk = self._chunk_within(self.memory, x, q, y)
+        return slices.draw(self.network, x, S, self.method, q, y, self.kl_weight, chunk)
 
-    def loss(self, drawn: routing.Draw) -> Tensor:
-        """The scalar whose gradient is both networks' own, see `routing.loss`."""
-        return routing.loss(drawn, self.objective.theta, self.objective.phi)
+    def _chunk_within(self, memory: float, x: Tensor, q: Distribution, y: Tensor | None) -> int:
+        """Measured once for each number of samples and shape of the batch, and told."""
+        S, key = self.objective.samples, (self.objective.samples, *x.shape)
+        if key not in self._fitting:
+            chunk, taken = slices.fitting(self.network, x, S, self.method, q, y, memory=memory * 2**30)
+            self._fitting[key] = chunk
+            rank_zero_info(
+                f"model.memory of {memory} GiB: {chunk} of {S} samples at a time for a batch of {len(x)}, "
+                f"which take {taken / 2**30:.3g} GiB."
+            )
+        return self._fitting[key]
+
+    def loss(self, drawn: routing.Draw | slices.Slices) -> Tensor:
+        """The scalar whose gradient is both networks' own, see `slices.loss`."""
+        return slices.loss(drawn, self.objective.theta, self.objective.phi)
 
     def on_train_epoch_start(self) -> None:
         """Say which objective begins."""
@@ -295,8 +320,10 @@ class IWModule(LightningModule):
         return values
 
     @torch.no_grad()
-    def _not_finite(self, batch: Batch, drawn: routing.Draw) -> str:
+    def _not_finite(self, batch: Batch, drawn: routing.Draw | slices.Slices) -> str:
         x, y = split(batch)
+        if isinstance(drawn, slices.Slices):
+            drawn = drawn.again(drawn.worst())
         model = given(self.network, y)
         terms = {
             "the inference network's sample z": drawn.z,
@@ -414,6 +441,22 @@ def check_precision(precision: str) -> None:
         raise ValueError(
             "trainer.precision must be 32-true, 64-true or bf16-mixed (16-mixed scales two optimisers' gradients "
             f"apart, and log-weights need 32 bits). Got {precision}."
+        )
+
+
+def check_memory(chunk: int | None, memory: float | None, whole_batch_noise: bool) -> None:
+    """ValueError, naming the key, for a chunk or a limit of memory that can't be."""
+    slices.check_chunk(chunk, "model.chunk")
+    if memory is None:
+        return
+    if not memory > 0:
+        raise ValueError(f"model.memory must be positive, in GiB, or null for no limit. Got {memory}.")
+    if chunk is not None:
+        raise ValueError(f"model.chunk must be null with model.memory, which chooses it. Got {chunk}.")
+    if whole_batch_noise:
+        raise ValueError(
+            "model.memory must be null with model.whole_batch_noise, as what fits depends on the number of processes: "
+            f"give model.chunk. Got {memory}."
         )
 
 

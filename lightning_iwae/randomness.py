@@ -34,3 +34,22 @@ def forked(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         reseed(seed, device)
         yield
+
+
+Noted = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def noted(device: torch.device) -> Noted:
+    """The states of torch's global streams, of the CPU and of `device`."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def repeated(states: Noted, device: torch.device) -> Iterator[None]:
+    """The streams go on from the `noted` states inside, and are as before after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        of_cpu, of_device = states
+        torch.set_rng_state(of_cpu)
+        if of_device is not None:
+            torch.cuda.set_rng_state(of_device, device)
+        yield

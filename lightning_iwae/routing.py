@@ -1,7 +1,6 @@
 """One forward pass, one backward pass of one scalar, and two gradients that do not touch each other.
 
-    loss = iw_loss(model, x, samples=64, theta=Side("iwae", 64), phi=Side("iwae", 8))
-    loss.backward()
+    loss(draw(model, x, samples=64), theta=Side("iwae", 64), phi=Side("iwae", 8)).backward()
 
 `draw` samples z ~ q_phi(z | x) once and evaluates log p and log q on z with the graph cut at z, so that the three
 channels of `estimators` lie apart: path (through z), score (through log q at fixed z) and theta (through log p at
@@ -16,10 +15,11 @@ without it where it is not.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,38 +38,6 @@ Method = Literal["auto", "separate"]
 
 
 # ------------------------------------------------------------------------------------------------ the loss
-def iw_loss(
-    model: Any,
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
-    samples: int,
-    theta: Side,
-    phi: Side,
-    method: Method = "auto",
-    kl_weight: float = 1.0,
-) -> Tensor:
-    """Minus theta's bound in nats, averaged over the batch, with each side's own estimator as its gradient.
-
-    Args:
-        model: follows `models.base.Model`.
-        x: batch (B, ...).
-        y: its labels (B,), for a conditional model (see `models.labels.Given`).
-        samples: S, drawn per datum and shared by both sides; each views them as (S / K, K, B) with its own K.
-        theta, phi: estimator and particles of the generative and of the inference network.
-        method, kl_weight: see `draw`.
-
-    Returns: scalar, to be minimised. Its value is -bounds.miwae of theta's view. phi's gradient does not depend on
-        `theta`, nor theta's on `phi`.
-    """
-    theta.check("theta", samples)
-    phi.check("phi", samples)
-    if kl_weight != 1.0:
-        theta.check_kl_weight("theta")
-        phi.check_kl_weight("phi")
-    return loss(draw(model, x, samples, method, y=y, kl_weight=kl_weight), theta, phi)
-
-
 @dataclass
 class Draw:
     """Samples of one batch and their log-weights, with the graphs that the channels need. Made by `draw`."""
@@ -97,73 +65,120 @@ class Draw:
         return grad((self.log_p - self.log_q).sum(), self.z_held, retain_graph=True)[0]
 
 
+class Weights(NamedTuple):
+    """What each sample's gradients are multiplied by, (S, B) each; None where unused.
+
+    The channels of `estimators` times -1 / B, for descent and a mean over data: cheaper here than of whole gradients.
+    """
+
+    a: Tensor
+    c: Tensor | None
+    s: Tensor
+    prior_b: Tensor | None = None  # of an estimator with channels of its own for p(z)
+    prior_c: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Weights":
+        """Those of some of the samples."""
+        return self.each(lambda w: w[rows])
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> "Weights":
+        """f of each that is used."""
+        return Weights(*(w if w is None else f(w) for w in self))  # type: ignore[arg-type]
+
+
+def weights(log_w: Tensor, theta: Side, phi: Side) -> Weights:
+    """Those of both sides' estimators for log-weights (S, B)."""
+    c, s = phi.phi(log_w)
+    of_prior = theta.prior(log_w) if theta.of_prior else ()
+    channels = Weights(theta.theta(log_w), c if phi.needs_path else None, s, *of_prior)
+    return channels.each(lambda w: w * (-1 / log_w.shape[1]))
+
+
 def loss(drawn: Draw, theta: Side, phi: Side) -> Tensor:
-    """`iw_loss` from samples already drawn; callable again, with other estimators, on the same draw."""
+    """Minus theta's bound in nats, averaged over the batch, with each side's own estimator as its gradient.
+
+    Callable again, with other estimators, on the same draw. See `slices.iw_loss`.
+    """
     log_w = drawn.log_w
-    check_path(drawn, phi)
-    down = -1 / log_w.shape[1]  # descent, and the mean over data
-    c, s = (down * channel for channel in phi.phi(log_w))
-    descent = [(drawn.log_q, s)]
-    if theta.of_prior:
-        theta_grads = [down * g for g in through_prior(drawn, theta)]
-        path = _over(c, drawn.path) if phi.needs_path else None
-    else:
-        way = together if drawn.inside else separate
-        theta_grads, path = way(drawn, down * theta.theta(log_w), c if phi.needs_path else None)
-        if path is not None:
-            (of_log_q,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True, materialize_grads=True)
-            path = path - _over(c, of_log_q)
-    if path is not None:
-        descent.append((drawn.z, path))
-    tensors, gradients = zip(*descent, *zip(drawn.theta, theta_grads, strict=True), strict=True)
-    value = bounds.miwae(theta.view(log_w)).mean()
-    result = _Loss.apply(-value, gradients, *tensors)
+    check_path(drawn.q, drawn.z_held.requires_grad, phi)
+    of_theta, through = descent(drawn, weights(log_w, theta, phi))
+    pairs = [*through, *zip(drawn.theta, of_theta, strict=True)]
+    result = scalar(bounds.miwae(theta.view(log_w)).mean(), pairs)
     if phi.dreams:
-        dreamt = dreams(drawn, len(phi.view(log_w)))
+        dreamt = dreams(drawn.model, drawn.prior, log_w, len(phi.view(log_w)))
         result = result - (dreamt - dreamt.detach())
     return result
+
+
+def descent(drawn: Draw, w: Weights) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Gradients of `drawn.theta`, and the tensors that depend on phi, each with its own; to be minimised along."""
+    through = [(drawn.log_q, w.s)]
+    if w.prior_b is not None and w.prior_c is not None:
+        theta = through_prior(drawn, w.a, w.prior_b, w.prior_c)
+        path = None if w.c is None else _over(w.c, drawn.path)
+    else:
+        theta, path = (together if drawn.inside else separate)(drawn, w.a, w.c)
+        if path is not None and w.c is not None:
+            (of_log_q,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True, materialize_grads=True)
+            path = path - _over(w.c, of_log_q)
+    if path is not None:
+        through.append((drawn.z, path))
+    return theta, through
+
+
+def scalar(bound: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """-bound, to be minimised, with the gradient by each tensor that comes with it."""
+    pairs = list(pairs)
+    return _Loss.apply(-bound, [g for _, g in pairs], *(tensor for tensor, _ in pairs))
 
 
 def phi_gradients(drawn: Draw, sides: Sequence[Side], parameters: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Ascent directions of `parameters`, inference ones, by the estimator of each side on one draw; mean over data."""
     log_w, found = drawn.log_w, []
     for side in sides:
-        check_path(drawn, side)
-        c, s = side.phi(log_w)
-        parts = [(drawn.log_q, s)] if side.needs_score or not side.needs_path else []
-        if side.needs_path:
-            parts.append((drawn.z, _over(c, drawn.path)))
+        check_path(drawn.q, drawn.z_held.requires_grad, side)
         if side.dreams:
-            parts = [(dreams(drawn, len(side.view(log_w))), torch.tensor(log_w.shape[1]).to(log_w))]
-        outputs, seeds = zip(*parts, strict=True)
-        of_sum = grad(outputs, parameters, seeds, retain_graph=True, materialize_grads=True)
-        found.append(tuple(g / log_w.shape[1] for g in of_sum))
+            outputs = dreams(drawn.model, drawn.prior, log_w, len(side.view(log_w)))
+            found.append(grad(outputs, parameters, materialize_grads=True))
+        else:
+            of_sum = phi_ascent(drawn, side, *side.phi(log_w), parameters)
+            found.append(tuple(g / log_w.shape[1] for g in of_sum))
     return found
+
+
+def phi_ascent(drawn: Draw, side: Side, c: Tensor, s: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Ascent directions of `parameters`, inference ones, for the channels of one side's estimator; sum over data."""
+    parts = [(drawn.log_q, s)] if side.needs_score or not side.needs_path else []
+    if side.needs_path:
+        parts.append((drawn.z, _over(c, drawn.path)))
+    outputs, seeds = zip(*parts, strict=True)
+    return grad(outputs, parameters, seeds, retain_graph=True, materialize_grads=True)
 
 
 def theta_gradients(drawn: Draw, sides: Sequence[Side]) -> list[tuple[Tensor, ...]]:
     """Ascent directions of `drawn.theta` by the estimator of each side on one draw; mean over data."""
-    found = []
+    log_w, found = drawn.log_w, []
     for side in sides:
-        of_sum = through_prior(drawn, side) if side.of_prior else separate(drawn, side.theta(drawn.log_w), None)[0]
-        found.append(tuple(g / drawn.log_w.shape[1] for g in of_sum))
+        a = side.theta(log_w)
+        of_sum = through_prior(drawn, a, *side.prior(log_w)) if side.of_prior else separate(drawn, a, None)[0]
+        found.append(tuple(g / log_w.shape[1] for g in of_sum))
     return found
 
 
-def check_path(drawn: Draw, phi: Side) -> None:
+def check_path(q: Distribution, has_path: bool, phi: Side) -> None:
     """Raise ValueError if phi's estimator needs a path through z that the posterior does not have."""
-    if phi.needs_path and not drawn.z_held.requires_grad:
+    if phi.needs_path and not has_path:
         raise ValueError(
             f"phi: estimator {phi.estimator!r} needs a reparameterised posterior(x), with rsample, for its path "
-            f"gradient. Got {_named(drawn.q)}, which has none: use {', '.join(without_path())}."
+            f"gradient. Got {_named(q)}, which has none: use {', '.join(without_path())}."
         )
 
 
-def dreams(drawn: Draw, M: int) -> Tensor:
-    """Mean of log q(z | x) over M draws of the model p(x, z) for each datum of the batch: sleep's objective. Nats."""
-    model, B = drawn.model, drawn.log_q.shape[1]
-    with torch.no_grad(), torch.autocast(drawn.log_q.device.type, enabled=False):
-        z = drawn.prior.sample(torch.Size((M,) if drawn.prior.batch_shape else (M, B)))
+def dreams(model: Any, prior: Distribution, log_w: Tensor, M: int) -> Tensor:
+    """Mean of log q(z | x) over M draws of the model p(x, z) per datum of log_w (S, B): sleep's objective. Nats."""
+    B = log_w.shape[1]
+    with torch.no_grad(), torch.autocast(log_w.device.type, enabled=False):
+        z = prior.sample(torch.Size((M,) if prior.batch_shape else (M, B)))
     with torch.no_grad():
         x = model.likelihood(z).sample()
     return torch.stack([model.posterior(x_m).log_prob(z_m) for x_m, z_m in zip(x, z, strict=True)]).mean()
@@ -213,12 +228,10 @@ def together(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Te
     return [grads[p] for p in drawn.theta], None if c is None else _over(c, found[-1])
 
 
-def through_prior(drawn: Draw, theta: Side) -> list[Tensor]:
-    """Ascent of theta by an estimator with channels of its own for the parameters of p(z): see `estimators.gdreg`."""
-    log_w, log_likelihood = drawn.log_w, drawn.log_likelihood
-    b, c = theta.prior(log_w)
+def through_prior(drawn: Draw, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+    """Ascent of theta by an estimator with channels b, c of its own for the parameters of p(z): `estimators.gdreg`."""
+    log_likelihood = drawn.log_likelihood
     with drawn.weighing.backward(drawn.theta, None):
-        a = theta.theta(log_w)
         plain = grad(log_likelihood, drawn.theta, a, retain_graph=True, allow_unused=True, materialize_grads=True)
     z = reparameterised(drawn.prior, drawn.z_held.detach())
     (of_likelihood,) = grad(log_likelihood.sum(), drawn.z_held, retain_graph=True)
@@ -286,18 +299,54 @@ def draw(
             samples that depend on each other (BatchNorm in training mode), generative parameters that log p(x, z)
             does not reach, reentrant checkpointing, parameters that both networks own or use.
     """
+    model = checked(network, y)
+    proof = _PROOFS[network].setdefault(_situation(model, x, samples, method, kl_weight), _Proof())
+    proof.draws += 1
+    theta = [p for p in model.generative.parameters() if p.requires_grad]
+    weighing = Weighing(theta if method == "auto" and not proof.refuted else [], (samples, len(x)))
+
+    q = model.posterior(x) if q is None else q
+    sampled = sample(model, q, x, samples, kl_weight, weighing)
+    if proof.due:
+        _check_apart(model, posterior=leaves(sampled.z, sampled.log_q), joint=leaves(sampled.log_p))
+    drawn = Draw(model, q, *sampled, theta, weighed(sampled.log_p, model.generative), weighing)
+    if proof.due:
+        _prove(drawn, model.generative, proof)
+    drawn.inside &= proof.proven
+    return drawn
+
+
+def checked(network: Any, y: Tensor | None) -> Any:
+    """The model at labels y (B,), if any. Raises as `check_model` and `given`, and for BatchNorm in training mode."""
     if network not in _PROOFS:
         check_model(network)
         _PROOFS[network] = {}
     model = given(network, y)
     _check_independence(model.generative)
-    proof = _PROOFS[network].setdefault(_situation(model, x, samples, method, kl_weight), _Proof())
-    proof.draws += 1
-    theta = [p for p in model.generative.parameters() if p.requires_grad]
-    shape, device = (samples, len(x)), x.device.type
-    weighing = Weighing(theta if method == "auto" and not proof.refuted else [], shape)
+    return model
 
-    q = model.posterior(x) if q is None else q
+
+class Sampled(NamedTuple):
+    """Samples and their log-densities, see `Draw`."""
+
+    prior: Distribution
+    z: Tensor
+    z_held: Tensor
+    log_q: Tensor
+    log_p: Tensor
+    log_likelihood: Tensor
+
+
+def sample(
+    model: Any,
+    q: Distribution,
+    x: Tensor,
+    samples: int,
+    kl_weight: float,
+    weighing: AbstractContextManager = nullcontext(),
+) -> Sampled:
+    """z (S, B, ...) ~ q, and the log-densities of `model` on it, the generative ones under `weighing`."""
+    shape, device = (samples, len(x)), x.device.type
     with torch.autocast(device, enabled=False):
         z, has_path = draw_posterior(q, samples)
         z_held = z.detach().requires_grad_(has_path)
@@ -310,16 +359,7 @@ def draw(
             log_p_z = _log_prob(prior, z_held, "prior().log_prob(z)", shape)
             if kl_weight != 1.0:
                 log_p_z, log_q = kl_weight * log_p_z, kl_weight * log_q
-            log_p = log_likelihood + log_p_z
-
-    if proof.due:
-        _check_apart(model, posterior=leaves(z, log_q), joint=leaves(log_p))
-    inside = weighed(log_p, model.generative)
-    drawn = Draw(model, q, prior, z, z_held, log_q, log_p, log_likelihood, theta, inside, weighing)
-    if proof.due:
-        _prove(drawn, model.generative, proof)
-    drawn.inside &= proof.proven
-    return drawn
+    return Sampled(prior, z, z_held, log_q, log_likelihood + log_p_z, log_likelihood)
 
 
 @dataclass

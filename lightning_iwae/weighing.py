@@ -47,21 +47,13 @@ class Weighing(TorchFunctionMode):
 
     @contextmanager
     def backward(self, wanted: Iterable[nn.Parameter], a: Tensor | None) -> Iterator[None]:
-        """For a pass that asks for the gradients of `wanted`, each sample weighed by `a`.
-
-        Hooks of the parameters (Tensor.register_hook) are held back: they see the gradient once, in the loss's own
-        backward pass.
-        """
+        """For a pass that asks for the gradients of `wanted`, each sample weighed by `a`; their hooks `held_back`."""
         self.wanted, self.a = set(wanted), a
-        held = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.wanted if p._backward_hooks]
-        for hooks, _ in held:
-            hooks.clear()
         try:
-            yield
+            with held_back(self.wanted):
+                yield
         finally:
             self.wanted, self.a = set(), None
-            for hooks, kept in held:
-                hooks.update(kept)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """Sample-wise `rows`, each sample's part multiplied by its `a`."""
@@ -86,6 +78,19 @@ class Weighing(TorchFunctionMode):
         if not self._applies(func, args, kwargs):
             return func(*args, **kwargs)
         return _Linear.apply(self, *args) if func is F.linear else _Convolution.apply(self, func, args[3:], *args[:3])
+
+
+@contextmanager
+def held_back(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Hooks of the parameters (Tensor.register_hook) wait: they see the gradient once, in the loss's own backward."""
+    held = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in held:
+            hooks.update(kept)
 
 
 def _transformed() -> bool:

@@ -135,6 +135,8 @@ def distance(left, right):
     ("dreg", {"accumulate": 2}),
     ("piwae", {"clip_theta": 0.05, "clip_phi": 0.02}),
     ("piwae", {"method": "separate"}),
+    ("piwae", {"chunk": 3}),
+    ("dreg", {"chunk": 3, "accumulate": 2}),
 ], ids=str)  # fmt: skip
 def test_two_processes_equal_one(ranks, objective, options):
     torch.set_num_threads(1)

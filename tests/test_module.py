@@ -18,12 +18,13 @@ from torch.distributions import ExpTransform, Independent, LogNormal, Normal, Tr
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import lightning_iwae
+from lightning_iwae.callbacks import GradientSNR
 from lightning_iwae.data import Digits
 from lightning_iwae.diagnostics import pareto_k
 from lightning_iwae.models import MLP
 from lightning_iwae.module import IWModule, Rows
 from lightning_iwae.randomness import seed_for
-from lightning_iwae.schedule import Objective, Schedule
+from lightning_iwae.schedule import Change, Objective, Schedule
 from lightning_iwae.sides import Side
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -433,9 +434,10 @@ def test_a_scheduler_that_waits_for_a_metric_is_refused(plateau):
 
 
 # ------------------------------------------------------------------------------------------ checkpoints and resume
-def long_run(accumulate, interval, seed=0, **options):
+def long_run(accumulate, interval, seed=0, chunk=None, **options):
     module = iw_module(
         mlp(seed),
+        chunk=chunk,
         optimizer_theta=partial(torch.optim.Adam, lr=0.01),
         optimizer_phi=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         scheduler_theta=HARMONIC,
@@ -478,6 +480,13 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(tmp_path, moment, int
         for key in ("train/bound_theta", "train/bound_phi"):
             assert other_log.with_key(key) == [row for row in log.with_key(key) if row[0] >= start]
         assert other_log.with_key("val/elbo")[-1] == log.with_key("val/elbo")[-1]
+
+
+def test_a_run_in_slices_is_resumed_to_the_last_bit(tmp_path):
+    module, log, _ = long_run(2, "step", chunk=3, callbacks=[SaveAt(tmp_path, "on_train_batch_end")])
+    other, other_log, _ = long_run(2, "step", seed=9, chunk=3, ckpt_path=tmp_path / "4.ckpt")
+    assert same(other.network.state_dict(), module.network.state_dict())
+    assert other_log.with_key("train/bound_phi") == [row for row in log.with_key("train/bound_phi") if row[0] >= 4]
 
 
 def test_a_window_resumed_in_its_middle_averages_the_batches_that_are_left(tmp_path):
@@ -593,9 +602,9 @@ class BreakAt(Callback):
             self.states = copy.deepcopy([o.state_dict() for o in trainer.optimizers])
 
 
-def broken_run(fault, tmp_path, accumulate=1, at=3):
+def broken_run(fault, tmp_path, accumulate=1, at=3, **options):
     torch.manual_seed(0)
-    module = iw_module(Fragile(pixels=64, latent=3, hidden=[8]), accumulate=accumulate)
+    module = iw_module(Fragile(pixels=64, latent=3, hidden=[8]), accumulate=accumulate, **options)
     saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     broken = BreakAt(fault, at)
     trainer = quiet_trainer(max_epochs=1, enable_checkpointing=True, callbacks=[broken, saved])
@@ -632,6 +641,11 @@ def test_a_bound_that_is_not_finite_ends_the_run_and_names_the_term(fault, named
     assert "the bound is not finite" in message
     assert all(term in message for term in named)
     assert not any(term in message for term in not_named)
+
+
+@pytest.mark.parametrize(("fault", "named"), [("nan logits", LOG_P), ("prior", PRIOR), ("no scale", LOG_Q)])
+def test_a_bound_that_is_not_finite_in_slices_is_told_of_one(fault, named, tmp_path):
+    assert f"the bound is not finite, by {named} in 60 of 60." in broken_run(fault, tmp_path, chunk=3)
 
 
 def test_a_bound_that_is_not_finite_ends_its_accumulation_window(tmp_path):
@@ -969,11 +983,66 @@ def test_a_wrong_network_is_refused_at_the_first_batch(network, message):
     ({"clip_phi": -1.0}, r"model\.clip_phi must be positive, .*Got -1.0"),
     ({"clip_phi": math.nan}, r"model\.clip_phi must be positive, .*Got nan"),
     ({"scheduler_interval": "batch"}, r"model\.scheduler_interval must be epoch or step. Got batch"),
+    ({"chunk": 0}, r"model\.chunk must be at least 1, or null .*Got 0"),
+    ({"memory": 0.0}, r"model\.memory must be positive, .*Got 0.0"),
+    ({"memory": math.nan}, r"model\.memory must be positive, .*Got nan"),
+    ({"memory": 1.0, "chunk": 2}, r"model\.chunk must be null with model\.memory.*Got 2"),
+    ({"memory": 1.0, "whole_batch_noise": True}, r"model\.memory must be null with model\.whole_batch_noise"),
     ({"method": "together"}, r"model\.method must be auto or separate. Got together"),
 ], ids=str)  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         iw_module(**options)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+def trained(epochs=2, **options):
+    module = iw_module(**options)
+    fit(module, max_epochs=epochs)
+    return snapshot(module)
+
+
+def test_a_chunk_is_a_run_of_its_own_and_one_of_all_samples_is_none():
+    assert same(trained(chunk=3), trained(chunk=3))
+    assert not same(trained(chunk=3), trained(chunk=4))
+    assert same(trained(chunk=8), trained())
+
+
+def told_of(monkeypatch):
+    told = []
+    monkeypatch.setattr("lightning_iwae.module.rank_zero_info", told.append)
+    return told
+
+
+def test_a_limit_of_memory_chooses_a_chunk_and_says_so_once(monkeypatch):
+    told = told_of(monkeypatch)
+    schedule = [Change(1, samples=16)]
+    module = iw_module(memory=1e-4, schedule=schedule)
+    fit(module, max_epochs=2)
+    said = [message for message in told if "model.memory" in message]
+    (first, chunk), (second, later) = module._fitting.items()
+    assert (first, second) == ((8, 20, 64), (16, 20, 64)) and chunk == later < 8
+    assert len(said) == 2
+    assert said[0].startswith(
+        f"model.memory of 0.0001 GiB: {chunk} of 8 samples at a time for a batch of 20, which take"
+    )
+    assert same(snapshot(module), trained(chunk=chunk, schedule=schedule))
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(monkeypatch):
+    told = told_of(monkeypatch)
+    assert same(trained(memory=1.0), trained())
+    assert any("8 of 8 samples at a time" in message for message in told)
+
+
+def test_gradient_snr_is_measured_in_slices_too():
+    log, module = Record(), iw_module(chunk=3)
+    snr = GradientSNR(every_n_steps=5, draws=4, size=10, estimators=["dreg", "vimco"])
+    fit(module, max_epochs=1, logger=log, callbacks=[snr])
+    for name in ("snr/phi", "snr/theta", "snr/phi/dreg", "snr/phi/vimco"):
+        assert [step for step, _ in log.with_key(name)] == [0, 5]
+        assert all(math.isfinite(value) for _, value in log.with_key(name))
+    assert same(snapshot(module), trained(epochs=1, chunk=3))
 
 
 # ------------------------------------------------------------------------------- a rank's part of the whole batch

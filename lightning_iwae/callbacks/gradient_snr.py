@@ -13,8 +13,8 @@ from ..diagnostics import SNR, signal_to_noise
 from ..models import Batch, cut, split
 from ..module import IWModule
 from ..randomness import forked, seed_for
-from ..routing import phi_gradients
 from ..sides import Side
+from ..slices import phi_gradients
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class GradientSNR(Callback):
     first of the first batch. Of each network's per-parameter SNR the mean is logged, with the quartiles (`_q25`,
     `_q50`, `_q75`), the value that pure noise would give (`_floor`) and the number of draws (snr/draws). Training is
     untouched: parameters, buffers, .grad, modes and random state are as before.
+
+    As training does, a measurement draws its samples in slices where the module has a `chunk` or `memory`.
 
     Other `estimators` of phi's gradient are measured on the very same draws, as snr/phi/NAME and dsnr/phi/NAME, whose
     floors are phi's. NAME is the estimator's; of one that is listed more than once its settings follow.
