@@ -254,8 +254,9 @@ def test_snr_is_measured_in_the_precision_of_training():
             iw_module(network), digits(), GradientSNR(1000, 4, 10), precision=precision, limit_val_batches=0
         )
         seen += snr_rows(logger).values()
-    single, half = (metrics["snr/theta"] for metrics in seen)
-    assert single != half and single == pytest.approx(half, rel=0.2)
+    for name in ("snr/theta_q50", "dsnr/theta"):  # the mean goes by parameters that hardly vary, where rounding shows
+        single, half = (metrics[name] for metrics in seen)
+        assert single != half and single == pytest.approx(half, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
