@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_iwae import callbacks
 from lightning_iwae.callbacks import Evaluation, GradientSNR
+from lightning_iwae.callbacks.progress import Progress
 from lightning_iwae.data import Batches, Digits, Gaussian
 from lightning_iwae.models import MLP, LinearGaussian
 from lightning_iwae.module import IWModule
@@ -667,3 +668,16 @@ def test_processes_draw_different_noise():
     _, sums = evaluate_on_ranks(gaussian().double(), items, 4, 2, 4)
     assert sums[0][1, 0] != sums[1][1, 0]
     assert sums[0][1, 4] == sums[1][1, 4]  # exact_log_px
+
+
+# --- progress -----------------------------------------------------------------------------------------------
+def test_the_bar_is_drawn_ten_times_a_second_and_at_the_end(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("lightning_iwae.callbacks.progress.time.monotonic", lambda: now[0])
+    bar, drawn = Progress(), []
+    for step in range(1, 1001):  # of a millisecond each
+        now[0] += 1e-3
+        drawn += [step] if bar._should_update(step, 1000) else []
+    assert 10 <= len(drawn) <= 12 and drawn[-1] == 1000
+    bar.disable()
+    assert not bar._should_update(1000, 1000)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_iwae.cli import main
 
@@ -230,3 +231,21 @@ def test_the_module_is_runnable(tmp_path):
     assert f"The run's files are in: {tmp_path / 'run'}" in done.stdout
     for noise in ("litlogger", "LeafSpec", "Traceback"):
         assert noise not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(("words", "kinds"), [
+    ([], ["Progress"]),
+    (["--trainer.enable_progress_bar", "false"], []),
+    (["--trainer.callbacks", "lightning.pytorch.callbacks.TQDMProgressBar"], ["TQDMProgressBar"]),
+])  # fmt: skip
+def test_a_run_has_the_quick_progress_bar_unless_another_or_none_is_wanted(words, kinds, monkeypatch, tmp_path):
+    def before_fit(cli):
+        found.extend(type(c).__name__ for c in cli.trainer.callbacks if isinstance(c, ProgressBar))
+        raise ValueError("far enough")
+
+    found = []
+    monkeypatch.setattr("lightning_iwae.cli.commands.CLI.before_fit", before_fit)
+    config = ["-c", str(ROOT / "conf/digits.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        main(["fit", *config, "--trainer.callbacks", "null", *words])
+    assert found == kinds
