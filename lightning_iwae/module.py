@@ -253,22 +253,19 @@ class IWModule(LightningModule):
 
     def _step(self, looked_at: bool) -> None:
         theta, phi = cast(list[LightningOptimizer], self.optimizers())
-        for name, network, clip in (
-            ("generative", self.network.generative, self.clip_theta),
-            ("inference", self.network.inference, self.clip_phi),
-        ):
-            for p in network.parameters() if self._batches > 1 else ():
-                if p.grad is not None:
-                    p.grad /= self._batches
-            parameters = list(network.parameters())
-            if clip is None:
-                norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-            else:
-                norm = nn.utils.clip_grad_norm_(parameters, clip)
-            self._finite = self._finite & torch.isfinite(norm)
-            if looked_at and not self._finite:
-                failure = f"Step {self.global_step}: the {name} network's gradient is not finite."
-                raise FloatingPointError((self._failure or failure) + self._when())
+        sides = {"generative": self.clip_theta, "inference": self.clip_phi}
+        gradients = {name: _gradients(getattr(self.network, name)) for name in sides}
+        everything = [g for of_side in gradients.values() for g in of_side]
+        if self._batches > 1 and everything:
+            torch._foreach_div_(everything, self._batches)
+        self._finite = self._finite & torch.isfinite(nn.utils.get_total_norm(everything))
+        if looked_at and not self._finite:
+            names = [name for name, of_side in gradients.items() if not nn.utils.get_total_norm(of_side).isfinite()]
+            failure = f"Step {self.global_step}: the {(names or ['generative'])[0]} network's gradient is not finite."
+            raise FloatingPointError((self._failure or failure) + self._when())
+        for name, clip in sides.items():
+            if clip is not None:
+                nn.utils.clip_grad_norm_(getattr(self.network, name).parameters(), clip)
         theta.step()
         phi.optimizer.step()  # past Lightning's wrapper, which would count a second step
         # An epoch's schedulers too step here: later than this, and a checkpoint of its last batch would lack it.
@@ -419,6 +416,10 @@ class IWModule(LightningModule):
 
     def _seed_evaluation(self, stage: str, batch_idx: int) -> None:
         reseed(seed_for(self.seed, stage, self.global_rank, batch_idx), self.device)
+
+
+def _gradients(network: nn.Module) -> list[Tensor]:
+    return [p.grad for p in network.parameters() if p.grad is not None]
 
 
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
