@@ -22,6 +22,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from .. import resume
 from ..callbacks import Checkpoints, Predictions
+from ..data import ArrayData
+from ..data.batches import check_shares
 from ..ddp import LostProcess, is_lost, message
 from ..evaluation import table
 from ..metrics_csv import MetricsCSV
@@ -208,6 +210,8 @@ class CLI(CheckedCLI):
 
     def before_fit(self) -> None:
         """Take the run's directory for this fit alone, and say where it is."""
+        if isinstance(self.datamodule, ArrayData):
+            check_shares(self.datamodule.batch_size, self.trainer.world_size)  # before DDP starts the other processes
         if self.trainer.is_global_zero:
             self._take_directory()
         announce(self.trainer, "Run directory")
