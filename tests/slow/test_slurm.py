@@ -200,6 +200,7 @@ def test_a_mistake_fails_once_and_what_is_cancelled_stays_so_until_a_new_job_goe
     cluster("scancel", cancelled)
     cluster.wait(cancelled, lambda: "SIGTERM: stopped after step" in cluster.output(cancelled))
     cluster.wait(wrong, "FAILED")
+    cluster.wait(cancelled, "CANCELLED")
     assert "error: " in cluster.output(wrong) and "Traceback" not in cluster.output(wrong)
     time.sleep(5)  # in which they could have been queued again
     for job, state, code in ((wrong, "FAILED", "2:0"), (cancelled, "CANCELLED", "143:0")):
