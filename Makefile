@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
-TWO := OMP_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1
 AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 RUN := runs/mnist-$(shell date +%Y%m%d-%H%M%S)
 
@@ -22,10 +22,10 @@ run: setup  ## Train a PIWAE on MNIST (about ten minutes on two cores) and test 
 	@echo "The run's files are in $(RUN)"
 
 test: setup  ## The tests, two files at a time
-	$(TWO) $(BIN)/python -m pytest $(AT_A_TIME)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(AT_A_TIME)
 
 test-slow: setup  ## Long statistics, real data, clusters, servers, faults; two at a time
-	$(TWO) $(BIN)/python -m pytest $(AT_A_TIME) -m slow --timeout 1800
+	$(ONE_THREAD) $(BIN)/python -m pytest $(AT_A_TIME) -m slow --timeout 1800
 
 certify: setup  ## Check every estimator's expectation and write docs/estimators.md (a few minutes)
 	$(BIN)/python -m lightning_iwae certify --out docs/estimators.md

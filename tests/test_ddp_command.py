@@ -12,10 +12,12 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_iwae.cli import main
 from lightning_iwae.ddp import DDP, Launcher, is_lost, watch
 
 from .slow.test_ddp_run import child, wait_until_gone
 from .slow.test_kills import lines, start, wait_for
+from .test_cli import ROOT
 from .test_resume import CONFIG, load, rows
 
 DDP_ON_CPU = ["-c", "conf/hardware/ddp.yaml", "--trainer.accelerator", "cpu"]
@@ -58,6 +60,17 @@ def assert_same_metrics(one, two):
             if a[name]:
                 near = {"abs": 2.0} if name.startswith("val/") else {"rel": 1e-10, "abs": 1e-10}
                 assert float(a[name]) == pytest.approx(float(b[name]), **near), name
+
+
+def test_a_batch_that_cannot_be_shared_is_told_of_once_before_there_are_two(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("lightning_iwae.cli.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(Launcher, "launch", lambda *args, **kwargs: pytest.fail("the others are started"))
+    with pytest.raises(SystemExit) as stop:
+        main([*command(tmp_path, tmp_path / "run", *DDP_ON_CPU, "--data.batch_size", "25")[3:]])
+    (message,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "divisible by the world size 2. Got 25; 24 or 26 would work." in message
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------ a process is lost

@@ -79,6 +79,25 @@ def test_the_overlay_for_gpus_asks_for_the_cuda_build_and_a_gpu():
     assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"]
 
 
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/docker.md")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_folder_that_is_mounted_is_there_and_its_owner_writes_to_it(page):
+    """Docker would make it for root."""
+    blocks = re.findall(r"(?:^(?: {4}.*|\n)\n)+|^```\n[^`]*", PAGES[page], re.M)
+    mounting = [block for block in blocks if '-v "$PWD/runs:' in block]
+    assert mounting
+    for block in mounting:
+        assert block.index("mkdir -p runs") < block.index("docker run")
+        for command in re.findall(r"docker run (?:[^\n\\]|\\\n)*", block):
+            assert '--user "$(id -u):$(id -g)"' in command, command
+
+
+def test_the_runs_are_copied_into_the_folder_and_not_below_it():
+    assert re.findall(r"compose.yaml cp (\S+ \S+)", PAGES["docs/docker.md"]) == ["worker:/app/runs/. ./runs"]
+
+
 def check_torch(device: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "docker/check_torch.py"), device]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)

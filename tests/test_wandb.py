@@ -126,6 +126,24 @@ def test_without_a_key_is_one_message(tmp_path):
     assert "--trainer.logger.init_args.offline true" in done.stderr
 
 
+def test_what_a_driver_says_of_the_network_is_one_line_and_the_directory_is_there(cli, tmp_path, monkeypatch, capsys):
+    from wandb.errors import CommError
+
+    def unheard(logger, config):
+        assert (tmp_path / "run").is_dir()  # else W&B warns of it
+        raise CommError("Post https://api: no such host\n")
+
+    monkeypatch.setattr(loggers.WandbLogger, "log_hyperparams", unheard)
+    with pytest.raises(SystemExit):
+        cli(tmp_path / "run", *NO_OTHERS)
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message.endswith(
+        "W&B can't begin: Post https://api: no such host. Without a key or a network: "
+        "--trainer.logger.init_args.offline true."
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def placed(run, goes_on=True, **options):
     """(id, resume) that the logger would be made with."""
     config = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(save_dir=".", **options))
@@ -180,6 +198,8 @@ def test_a_mistake_leaves_no_directory_behind(cli, tmp_path, monkeypatch, capsys
 
 def test_the_sweep_asks_for_what_the_command_line_takes(cli, capsys):
     sweep = yaml.safe_load((ROOT / "sweeps/wandb.yaml").read_text())
+    runs = yaml.safe_load((ROOT / "conf/logger/wandb.yaml").read_text())["trainer"]["logger"]["init_args"]
+    assert sweep["project"] == runs["project"]  # W&B ignores that of the runs
     assert sweep["metric"] == {"name": "val/log_px", "goal": "maximize"}
     at = sweep["command"].index("fit")
     parameters = sweep["parameters"]

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -24,6 +24,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from .. import resume
 from ..callbacks import Checkpoints, Predictions
 from ..callbacks.progress import Progress
+from ..data import ArrayData
+from ..data.batches import check_shares
 from ..ddp import LostProcess, is_lost, message
 from ..evaluation import table
 from ..metrics_csv import MetricsCSV
@@ -35,6 +37,7 @@ from ..signals import Interrupted, Signals
 from ..writing import replacing
 from . import loggers
 from .checked import CheckedCLI
+from .lock import just_left, sole_fit
 
 RUN_DIRECTORY = "LIGHTNING_IWAE_RUN_DIRECTORY"  # tells processes that DDP starts where the run of the first one is
 
@@ -101,6 +104,7 @@ class CLI(CheckedCLI):
         self.checkpoint: dict[str, Any] | None = None
         self.evaluated: dict[str, Any] = {"checkpoint": None, "step": None}
         self.made: Path | None = None  # a fresh directory
+        self.held = ExitStack()  # the directory's lock
         try:
             super().__init__(*args, **kwargs)
         except RuntimeError as error:
@@ -108,6 +112,7 @@ class CLI(CheckedCLI):
                 raise
             raise LostProcess(message(self.trainer)) from error
         finally:
+            self.held.close()
             if self.made is not None:
                 with suppress(OSError):  # not empty, unless a mistake came before the first file
                     self.made.rmdir()
@@ -137,7 +142,8 @@ class CLI(CheckedCLI):
             directory = self.made = fresh_directory()
         self.run_directory = str(directory)
         os.environ[RUN_DIRECTORY] = self.run_directory
-        config.ckpt_path = self._checkpoint_path(config.ckpt_path)
+        self.asked = config.ckpt_path
+        config.ckpt_path = self._checkpoint_path(self.asked)
         if "weights_only" in config:
             config.weights_only = True
         if "verbose" in config:  # of validate and test
@@ -211,12 +217,23 @@ class CLI(CheckedCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Say where the run is."""
+        """Take the run's directory for this fit alone, and say where it is."""
+        if isinstance(self.datamodule, ArrayData):
+            check_shares(self.datamodule.batch_size, self.trainer.world_size)  # before DDP starts the other processes
+        if self.trainer.is_global_zero:
+            self._take_directory()
         announce(self.trainer, "Run directory")
         if self.afresh:
             announce(self.trainer, "There is no checkpoint, and the run starts afresh, in")
         if self.trainer.is_global_zero:
             loggers.start(self.trainer.loggers, self.config[self.subcommand].as_dict(), self.run_directory)
+
+    def _take_directory(self) -> None:
+        """Lock it, and see that no other fit has left a checkpoint since it was looked for."""
+        directory = Path(self.run_directory)
+        self.held.enter_context(sole_fit(directory))
+        if self._checkpoint_path(self.asked) != self.config[self.subcommand].ckpt_path:
+            raise just_left(directory)
 
     def after_fit(self) -> None:
         """Say where the run's files are."""

@@ -91,8 +91,10 @@ def start(loggers: list[Logger], config: Any, directory: str) -> None:
         except Exception as error:
             if not type(error).__module__.startswith("wandb"):
                 raise
+            told = " ".join(str(error).split()).rstrip(".")
             offline = "--trainer.logger.init_args.offline true"
-            raise ValueError(f"trainer.logger: W&B can't begin: {error} Without a key: {offline}.") from error
+            message = f"trainer.logger: W&B can't begin: {told}. Without a key or a network: {offline}."
+            raise ValueError(message) from error
 
 
 def catch_up(loggers: list[Logger], rows: list[dict[str, str]]) -> None:

@@ -179,6 +179,11 @@ def check_batch_size(batch_size: int, items: int, world_size: int) -> None:
     """ValueError unless the training items fill a batch, and it can be cut equally between processes."""
     if batch_size > items:
         raise ValueError(f"data.batch_size must be at most the {items} training items. Got {batch_size}.")
+    check_shares(batch_size, world_size)
+
+
+def check_shares(batch_size: int, world_size: int) -> None:
+    """ValueError unless every process gets the same share of a batch."""
     if batch_size % world_size:
         below = batch_size - batch_size % world_size
         works = f"{below} or {below + world_size}" if below else f"{world_size}"

@@ -79,6 +79,6 @@ def test_two_processes_killed_go_on_exactly_in_the_directory_that_they_chose_tog
     process.kill()
     process.communicate()
     (run,) = tmp_path.glob("runs/*")
-    assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "metrics.csv"}
+    assert {path.name for path in run.iterdir()} == {".lock", "checkpoints", "config.yaml", "metrics.csv"}
     finish(command(tmp_path, run, *DDP, "--ckpt_path", "last"))
     assert_same_run(run, two)

@@ -192,7 +192,7 @@ def test_a_preempted_job_on_two_nodes_ends_as_the_unbroken_one(cluster):
     assert_same_run(cluster.run(job), cluster.run(unbroken))
 
 
-def test_a_mistake_fails_once_and_what_is_cancelled_stays_so(cluster):
+def test_a_mistake_fails_once_and_what_is_cancelled_stays_so_until_a_new_job_goes_on_with_it(cluster):
     one = ["--nodes=1"]
     wrong = cluster.fit("--model.phi.particles", "5", options=one)
     cancelled = cluster.fit("--trainer.max_epochs", "-1", options=one)
@@ -200,12 +200,19 @@ def test_a_mistake_fails_once_and_what_is_cancelled_stays_so(cluster):
     cluster("scancel", cancelled)
     cluster.wait(cancelled, lambda: "SIGTERM: stopped after step" in cluster.output(cancelled))
     cluster.wait(wrong, "FAILED")
+    cluster.wait(cancelled, "CANCELLED")
     assert "error: " in cluster.output(wrong) and "Traceback" not in cluster.output(wrong)
     time.sleep(5)  # in which they could have been queued again
     for job, state, code in ((wrong, "FAILED", "2:0"), (cancelled, "CANCELLED", "143:0")):
         about = cluster.about(job)
         assert (about["JobState"], about["Restarts"]) == (state, "0"), about
         assert about["ExitCode"] == code
+    run = cluster.run(cancelled)
+    steps = load(run)["global_step"] + 5
+    more = ["--trainer.max_steps", str(steps), "--trainer.default_root_dir", f"runs/{run.name}"]
+    job = cluster.fit("--trainer.max_epochs", "-1", *more, options=one)
+    cluster.wait(job, "COMPLETED")
+    assert "afresh" not in cluster.output(job) and load(run)["global_step"] == steps
 
 
 # ------------------------------------------------------------------------------------------------------------- sweep
@@ -221,9 +228,9 @@ budget: {steps: 60}
 @pytest.mark.skipif("sweep" not in COMMANDS, reason="there is no command sweep yet")
 def test_two_tasks_of_an_array_work_on_one_study(cluster):
     optuna = pytest.importorskip("optuna")
+    from lightning_iwae.sweep.storage import open_storage
+
     (cluster.folder / "sweep.yaml").write_text(SWEEP)
-    storage = f"sqlite:///{cluster.folder}/study.db"
-    cluster.env["LIGHTNING_IWAE_STORAGE"] = storage
     script = str(ROOT / "sweeps/slurm/sweep.sbatch")
     array = cluster("sbatch", "--parsable", "--array=0-1", "--cpus-per-task=1", script, "-c", "sweep.yaml")
     tasks, runs = [f"{array}_0", f"{array}_1"], cluster.folder / f"runs/sweep-{array}"
@@ -233,6 +240,7 @@ def test_two_tasks_of_an_array_work_on_one_study(cluster):
     for task in tasks:
         cluster.wait(task, "COMPLETED")
     assert [cluster.about(task)["Restarts"] for task in tasks] == ["1", "0"]
+    storage = open_storage(f"journal:///{runs}/study.log")  # the script's default
     (study,) = optuna.get_all_study_names(storage)
     trials = optuna.load_study(study_name=study, storage=storage).trials
     done = [trial.params for trial in trials if trial.state.is_finished() and trial.value is not None]

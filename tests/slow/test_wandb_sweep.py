@@ -77,7 +77,7 @@ def test_an_agent_runs_a_grid_of_k_and_estimator(server):
     sweep["command"][at + 1 : at + 1] = ["-c", "small.yaml"]
     grid = {"model.phi.particles": {"values": [2, 4]}, "model.phi.estimator": {"values": ["iwae", "dreg"]}}
     Path("sweep.yaml").write_text(yaml.safe_dump(sweep | {"method": "grid", "parameters": grid}))
-    said = run("wandb", "sweep", "--project", "lightning-iwae", "sweep.yaml")
+    said = run("wandb", "sweep", "sweep.yaml")
     agents = [start("wandb", "agent", f"me/lightning-iwae/{SWEEP}") for _ in range(2)]  # at once
     said += "".join(output(agent) for agent in agents)
 
