@@ -602,7 +602,6 @@ DAMAGE = {
     "more fields than names": ("metrics.csv", b"step,val/elbo\n1,-3,5\n", "a line has more fields than the first"),
     "no step": ("metrics.csv", b"step,val/elbo\n,-3\n", "column val/elbo: could not convert"),
     "nul bytes": ("metrics.csv", b"step,val/elbo\n1,-3\n\x00\x00\x00\x00", None),
-    "no evaluation": ("evaluation.json", None, "evaluation.json is missing"),
     "torn evaluation": ("evaluation.json", b'{"log_px": {"mean": -2', "evaluation.json is damaged"),
     "evaluation of one figure": ("evaluation.json", b'{"log_px": {"mean": -22.5, "se": 1}}', "iwae_64 is missing"),
     "figures that are none": ("evaluation.json", b'{"log_px": {"mean": "x"}, "ess": NaN}', "log_px is not finite: "),
@@ -627,6 +626,20 @@ def test_a_damaged_run_is_listed_with_what_is_wrong(damage, tmp_path):
     if told:
         assert told in page.replace("&#39;", "'") and "Unfinished or damaged" in text and "good-2" in text
     assert f"{MINUS}22.50 ± 0." in text or f"{MINUS}22.33 ± 0.58" in text
+
+
+def test_runs_that_were_only_not_tested_are_counted_apart(tmp_path, capsys):
+    for seed in range(3):
+        write(tmp_path / f"good-{seed}", seed, steps=31)
+    for seed in (1, 2):
+        (tmp_path / f"good-{seed}/evaluation.json").unlink()
+    (tmp_path / "good-2/metrics.csv").unlink()
+    page, text = report(tmp_path / "out", tmp_path)
+    told = capsys.readouterr().out
+    assert "1 unfinished or damaged." in told and "\n1 not tested (no evaluation.json): run `test`, or" in told
+    assert "1 unfinished or damaged run" in page and "1 not tested (no evaluation.json)" in page
+    assert text.index("Unfinished or damaged") < text.index("good-2`:") < text.index("## 1 not tested")
+    assert text.index("good-1`", text.index("## 1 not tested")) > 0
 
 
 def test_no_damage_raises(tmp_path):

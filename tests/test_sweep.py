@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import optuna
@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from lightning_iwae.cli import main
 from lightning_iwae.mistakes import Mistake
 from lightning_iwae.signals import Interrupted, Signals
-from lightning_iwae.sweep import page, settings, storage, study, trial, worker
+from lightning_iwae.sweep import page, rehearsal, settings, storage, study, trial, worker
 
 from .test_cli import ROOT
 
@@ -230,6 +230,86 @@ def test_a_disk_that_cannot_be_written_to_breaks_a_trial_not_the_worker(tmp_path
     assert "000: [Errno 17] File exists" in out
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("blind", r"objective: no val/log_px in .*000/metrics\.csv, which has val/ess, val/log_pz\. Did you mean"),
+        ("short", r"objective: .*000/metrics\.csv has no validation\. Let the fits be longer \(budget\)"),
+    ],
+)
+def test_a_sweep_whose_first_trial_never_had_the_objective_stops(tmp_path, kind, told):
+    write(tmp_path, space={"kind": [kind]}, evaluate=True)
+    out = finish(start(tmp_path), 2)
+    assert re.search(rf"error: .*sweep\.yaml: {told}", out) and "the sweep stops" in out
+    assert slots(load(tmp_path)) == {0: ["FAIL"], **{i: ["WAITING"] for i in (1, 2, 3)}}
+
+
+def test_but_goes_on_if_another_trial_has_one(tmp_path):
+    path = write(tmp_path, sampler="grid", space={"kind": ["good", "blind", "good"]})
+    path.write_text(path.read_text().replace("trials: 4\n", ""))
+    finish(start(tmp_path))
+    assert slots(load(tmp_path)) == {0: ["COMPLETE"], 1: ["FAIL"], 2: ["COMPLETE"]}
+
+
+def test_an_interrupted_trial_comes_before_those_that_wait(tmp_path):
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    one = study.Study(settings.parsed(SWEEP), url, print)
+    broken, returned = one.claim(), one.claim()
+    one.finish(broken.trial, study.Ended("broken"))  # likely to break again just now
+    one.finish(returned.trial, study.Ended("returned"))
+    assert [one.claim().slot for _ in range(4)] == [1, 2, 3, 0]
+
+
+def test_a_mistake_leaves_no_directory_and_no_study(tmp_path):
+    write(tmp_path, space={"kind": {"low": 0.0, "high": 1.0}}, sampler="grid")
+    text = (tmp_path / "sweep.yaml").read_text().replace("trials: 4\n", "")
+    (tmp_path / "sweep.yaml").write_text(text)
+    out = finish(start(tmp_path), 2)
+    assert "sweep.yaml: space.kind must be a list, or have a step" in out and not (tmp_path / "out").exists()
+
+
+def test_what_the_rehearsal_refuses_leaves_none_either(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    monkeypatch.setattr(worker, "printed", lambda words: "{seed_everything: 0}")
+    monkeypatch.setattr(worker, "refused", lambda fits: (1, "kind (command line) is not a known key."))
+    with pytest.raises(SystemExit) as stop, redirect_stderr(io.StringIO()) as told:
+        main(["sweep", "-c", "sweep.yaml"])
+    assert stop.value.code == 2 and [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
+    assert told.getvalue() == "error: sweep.yaml: space: kind is not a known key. Tried with kind: 'good', value: 99.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-c", "b.yaml"], "sweep: -c takes one file, the sweep's YAML. Got sweep.yaml, b.yaml."),
+        (["--trails", "3"], "sweep: unknown option --trails. Did you mean --trials?"),
+        (
+            ["--model.samples=4"],
+            "sweep: unknown option --model.samples: settings of the fits go below options: in sweep.yaml.",
+        ),
+        (["more"], "sweep: unexpected argument 'more'"),
+        (["--trials", "many"], "--trials must be a whole number from 1 on. Got 'many'."),
+        (["--trials", "0"], "--trials must be a whole number from 1 on. Got 0."),
+        (["--study", "a b"], "--study must be a name of letters"),
+        (["--storage", ""], "--storage must be sqlite:///FILE, journal://FILE or postgresql://"),
+        (["--storage", "sqlite://"], "storage: sqlite:// would be in memory, and lost. Expected sqlite:///FILE."),
+        (
+            ["--storage", "journal:///x.log"],
+            "is a file in the root directory, /. For one in this directory: journal://x.log",
+        ),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_written(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(worker, "printed", lambda words: "{seed_everything: 0}")
+    write(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "-c", "sweep.yaml", *words])
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
 def test_ctrl_c_gives_the_trial_back(tmp_path):
     write(tmp_path, space={"kind": ["slow"]}, trials=1)
     worker = start(tmp_path)
@@ -354,6 +434,18 @@ def test_a_joiner_with_other_settings_is_refused_by_key(tmp_path):
         study.Study(settings.parsed(SWEEP), url, print).join({"model.samples": 16})
     with pytest.raises(Mistake, match=r"sweep: seeds must be 1, .* Got 2"):
         study.Study(settings.parsed(SWEEP | {"seeds": 2}), url, print).join({"model.samples": 8})
+    space = {"kind": ["good"], "value": {"low": 0, "high": 98}}
+    with pytest.raises(Mistake, match=r"space\.value\.high must be 99, as when study s was begun\. Got 98\."):
+        study.Study(settings.parsed(SWEEP | {"space": space}), url, print).join({"model.samples": 8})
+    changed = SWEEP | {"objective": {"val/log_px": "minimize"}}
+    with pytest.raises(Mistake, match=r"objective: its direction must be maximize, as when .* Got minimize\."):
+        study.Study(settings.parsed(changed), url, print).join({"model.samples": 8})
+
+
+def test_settings_that_differ_late_are_told_in_full():
+    a, b = ([*range(40), last] for last in (1, 2))
+    assert study.distinct(a, b) == (str(a), str(b))
+    assert list(study.differing({"a": {"b": 1}}, {"a": {}})) == [("a.b", 1, study.ABSENT)]
 
 
 def test_two_workers_never_take_the_same_attempt(tmp_path):
@@ -405,7 +497,7 @@ def test_runs_of_another_study_are_not_taken_for_its_own(tmp_path):
     out = finish(start(tmp_path, "--study", "other"), 2)
     assert "error: --out: " in out and "runs/000 holds a run that is not of this study" in out
     assert (tmp_path / "out/runs/000/metrics.csv").read_text() == before
-    assert [t.state for t in load(tmp_path, name="other").trials] == [TrialState.FAIL]
+    assert optuna.get_all_study_names(f"sqlite:///{tmp_path / 'out/study.db'}") == ["s"]
 
 
 # ------------------------------------------------------------------------------------------------ the storage
@@ -491,7 +583,7 @@ def test_no_form_of_a_url_shows_its_password(url):
     [
         (
             "nonsense",
-            "storage must be sqlite:///FILE, journal:///FILE or postgresql://USER@HOST/DATABASE. Got nonsense",
+            "storage must be sqlite:///FILE, journal://FILE or postgresql://USER@HOST/DATABASE. Got nonsense",
         ),
         ("mysql://me:secret@host/db", "storage: mysql needs pymysql: pip install pymysql"),
         ("oracle+none://me:secret@host/db", "Got oracle+none://***@host/db"),
@@ -542,6 +634,30 @@ def test_the_front_is_what_no_other_beats_in_all():
     values = [(1.0, 1.0), (2.0, 2.0), (0.5, 2.0), (2.0, 3.0), (3.0, 9.0)]
     rows = [page.Row(i, "finished", v, (), {}, 1.0, 1, [], "", "") for i, v in enumerate(values)]
     assert [row.slot for row in page.best(rows, sweep)] == [0, 1, 4]
+
+
+def test_the_bar_says_what_runs(tmp_path):
+    one = study.Study(settings.parsed(SWEEP | {"trials": 2}), f"sqlite:///{tmp_path / 'a.db'}", print)
+    one.claim(), one.claim()
+    with redirect_stderr(Terminal()) as terminal:
+        progress = worker.Progress(one.sweep)
+        progress.update(one)
+        progress.close()
+    assert re.search(r"0 of 2 trials \[00:0\d\]; trial 0 begun; trial 1 begun", terminal.getvalue())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_table_gives_the_best_trial_and_its_value_or_nothing(tmp_path):
+    one = study.Study(settings.parsed(SWEEP | {"trials": 1}), f"sqlite:///{tmp_path / 'a.db'}", print)
+    page.write(one, tmp_path)
+    assert "Best" not in (tmp_path / "sweep.md").read_text()
+    one.finish(one.claim().trial, study.Ended("finished", (-2.5,)))
+    page.write(one, tmp_path)
+    assert re.search(r"## Best\n\nTrial 0: val/log_px .2\.5000\n\n    python -m", (tmp_path / "sweep.md").read_text())
 
 
 @contextmanager
@@ -601,16 +717,70 @@ def test_a_sweep_of_real_fits(tmp_path, monkeypatch, capsys):
     assert len(t.intermediate_values) == 2 and (run / "evaluation.json").exists()
 
 
-def test_the_repositorys_sweeps_are_accepted_by_the_command_line(monkeypatch):
+@pytest.fixture
+def _here(monkeypatch):
+    """What is rehearsed, in this process."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(worker, "printed", printed)
-    for name in ("optuna.yaml", "equal_budget.yaml"):
-        sweep = settings.read(f"sweeps/{name}")
-        base = worker.base_settings(sweep)
+    monkeypatch.setattr(worker, "refused", rehearsal.refused)
+
+
+@pytest.mark.parametrize("name", ["sweeps/optuna.yaml", "sweeps/equal_budget.yaml", "docs/sweeps.md"])
+@pytest.mark.usefixtures("_here")
+def test_the_repositorys_sweeps_are_accepted_by_the_command_line(name, tmp_path):
+    text = (ROOT / name).read_text()
+    (tmp_path / "sweep.yaml").write_text(re.search(r"```\n(study:.*?)```|\Z", text, re.S)[1] or text)
+    sweep = settings.read(str(tmp_path / "sweep.yaml"))
+    base = worker.base_settings(sweep)
+    worker.rehearse(sweep, sweep.space_over(base), base)
+
+
+@pytest.mark.usefixtures("_here")
+def test_trials_of_the_docs_example_can_begin():
+    (block,) = re.findall(r"```\n(study:.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.S)
+    sweep = settings.parsed(yaml.safe_load(block))
+    base = worker.base_settings(sweep)
+    space = sweep.space_over(base)
+    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = [space.suggest(drawn.ask(), base) for _ in range(8)]
+    assert {bool(point["config"]) for point in points} == {True, False}
+    assert rehearsal.refused([trial.fit_words(sweep, point, 0) for point in points]) is None
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        ({"model.phi.particle": [1]}, r"space: .*model\.phi\.particle .* Did you mean model\.phi\.particles\?"),
+        (
+            {"model.phi.estimator": ["iwae", "dregg"]},
+            r"space: model\.phi: unknown estimator 'dregg'.* Tried with .*'dregg'",
+        ),
+        ({"model.phi.particles": [8, 7]}, r"space: model\.phi\.particles must divide samples \(64\).* Got 7\."),
+        ({"model.clip_phi": {"low": -1.0, "high": 1.0}}, r"space: model\.clip_phi must be positive"),
+        ({"model.optimizer_phi.init_args.lr": [-1.0]}, r"space: model\.optimizer_phi.* -1\.0"),
+        ({"config": [None, "conf/none.yaml"]}, r"space: config conf/none\.yaml: no such file"),
+    ],
+)
+@pytest.mark.usefixtures("_here")
+def test_a_choice_that_cannot_be_is_refused_before_the_first_trial(space, told):
+    sweep = settings.parsed(SWEEP | {"space": space})
+    base = worker.base_settings(sweep)
+    with pytest.raises(Mistake, match=told) as caught:
         worker.rehearse(sweep, sweep.space_over(base), base)
+    assert "command line" not in str(caught.value)
 
 
-def test_a_key_of_the_space_that_there_is_not_is_refused_before_the_first_trial(tmp_path):
-    sweep = settings.parsed(SWEEP | {"space": {"model.phi.particle": [1]}})
-    with pytest.raises(Mistake, match=r"space: .*model\.phi\.particle.* Did you mean model\.phi\.particles\?"):
-        worker.rehearse(sweep, sweep.space_over({}), {})
+def test_a_mistake_in_the_options_is_not_of_the_command_line(monkeypatch):
+    def refuse(words):
+        raise Mistake("model.sample (command line) is not a known key.")
+
+    monkeypatch.setattr(worker, "printed", refuse)
+    with pytest.raises(Mistake, match=r"^options: model\.sample is not a known key\.$"):
+        worker.base_settings(settings.parsed(SWEEP))
+
+
+def test_the_rehearsal_has_a_process_of_its_own(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fit = ["fit", "-c", "conf/digits.yaml", "--trainer.default_root_dir=runs/none"]
+    index, told = worker.refused([fit, [*fit, "--model.phi.particles=7"]])
+    assert index == 1 and "model.phi.particles must divide samples" in told

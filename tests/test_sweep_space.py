@@ -101,6 +101,47 @@ def test_the_points_that_are_tried_first_set_every_key():
 
 
 @pytest.mark.parametrize(
+    "when",
+    [
+        {"model.phi.estimator": ["ciwae", "iwae"]},  # of the config
+        {"n": 12},
+        {"k": 0.75},
+        {"d": 3},
+        {"e": 3},
+        {"m": 7},
+        {"beta": None},  # not chosen with iwae
+    ],
+)
+def test_a_condition_that_may_hold_is_accepted(when):
+    spec = {
+        "n": {"low": 8, "high": 16, "step": 4},
+        "k": {"low": 0.0, "high": 1.0, "step": 0.25},
+        "d": {"divisors_of": "n"},
+        "e": {"divisors_of": "d"},
+        "range": {"low": 10, "high": 15},
+        "m": {"divisors_of": "range"},
+        "beta": {"choices": [0.5], "when": {"n": 8}},
+    }
+    space.read(spec | {"b": {"choices": [1], "when": when}}, BASE | {"beta": None})
+
+
+def test_every_choice_of_every_list_is_rehearsed_in_few_points():
+    spec = CONDITIONAL | {"rate": {"low": 1.0e-4, "high": 1.0e-2, "log": True}, "config": ["x", "y", None]}
+    points = space.read(spec, BASE).rehearsal(BASE)
+    taken = {key: [p[key] for p in points if key in p] for key in spec}
+    assert set(taken["model.samples"]) == {4, 6} and set(taken["model.phi.estimator"]) == {"iwae", "ciwae"}
+    assert set(taken["model.phi.beta"]) == {0.0, 1.0} and set(taken["rate"]) == {1.0e-4, 1.0e-2}
+    assert set(taken["config"]) == {"x", "y", None} and set(taken["model.phi.particles"]) == {4, 6}
+    assert len(points) <= 4
+
+
+def test_no_point_is_rehearsed_that_is_not_in_the_space():
+    spec = {"n": [16, 12], "k": {"divisors_of": "n"}, "beta": {"choices": [1.0], "when": {"k": 3}}}
+    points = space.read(spec, {}).rehearsal({})
+    assert {p["n"] for p in points} == {12, 16} and all(p["n"] % p["k"] == 0 for p in points)
+
+
+@pytest.mark.parametrize(
     ("spec", "told"),
     [
         ({}, "space must map dotted keys"),
@@ -121,6 +162,45 @@ def test_the_points_that_are_tried_first_set_every_key():
         ({"a": [1], "b": {"choices": [1], "when": {"a": 2}}}, "space.b.when: a must be one of its choices. Got 2"),
         ({"a": [1], "b": {"choices": [1], "when": {"a": []}}}, "space.b.when must be {key: value}"),
         (
+            {"b": {"choices": [1], "when": {"model.phi.estimator": ["ciwae", "x"]}}},
+            "space.b.when: model.phi.estimator is 'iwae' in the config, and is not chosen. Got 'ciwae', 'x'.",
+        ),
+        (
+            {"a": {"low": 8, "high": 16}, "b": {"choices": [1], "when": {"a": 64}}},
+            "space.b.when: a must be from 8 to 16. Got 64.",
+        ),
+        (
+            {"a": {"low": 8, "high": 16, "step": 4}, "b": {"choices": [1], "when": {"a": 10}}},
+            "space.b.when: a must be from 8 to 16 in steps of 4. Got 10.",
+        ),
+        (
+            {"a": {"low": 0.0, "high": 1.0}, "b": {"choices": [1], "when": {"a": 0.5}}},
+            "space.b.when: a must be a list, or have a step, to be compared with a value. Got 0.5.",
+        ),
+        (
+            {"a": {"divisors_of": 64}, "b": {"choices": [1], "when": {"a": 7}}},
+            "space.b.when: a must be a divisor of 64. Got 7.",
+        ),
+        (
+            {"s": [12, 64], "a": {"divisors_of": "s"}, "b": {"choices": [1], "when": {"a": 7}}},
+            "space.b.when: a must be a divisor of s. Got 7.",
+        ),
+        (
+            {"s": {"low": 8, "high": 13}, "a": {"divisors_of": "s"}, "b": {"choices": [1], "when": {"a": 7}}},
+            "space.b.when: a must be a divisor of s. Got 7.",
+        ),
+        (
+            {
+                "model.phi.beta": {"low": 0.0, "high": 1.0, "when": {"model.phi.estimator": "ciwae"}},
+                "model.phi.estimator": ["iwae", "ciwae"],
+            },
+            "space.model.phi.beta.when: model.phi.estimator must stand above it in the space.",
+        ),
+        (
+            {"a": {"divisors_of": "model.samples"}, "model.samples": [12, 64]},
+            "space.a.divisors_of: model.samples must stand above it in the space.",
+        ),
+        (
             {"k": [0, 1], "a": {"choices": [4], "when": {"k": 1}}, "b": {"divisors_of": "a"}},
             "space.b must have the `when` of a, of which it is a divisor",
         ),
@@ -136,8 +216,9 @@ def test_the_points_that_are_tried_first_set_every_key():
         ({"a": {"divisors_of": "model.network"}}, "model.network must be a whole number from 1 on. Got 'x'"),
         (
             {"a": {"choices": [1], "when": {"b": 1}}, "b": [1]},
-            "space.a.when: 'b' must be a key of the space",
+            "space.a.when: b must stand above it in the space.",
         ),
+        ({"a": {"choices": [1], "when": {"b": 1}}}, "space.a.when: 'b' must be a key of the space"),
         ({"a": {"choices": [1], "when": 1}}, "space.a.when must be {key: value} or {key: [values]}. Got 1"),
     ],
 )
@@ -202,6 +283,8 @@ def test_samplers_are_seeded_trial_by_trial():
         ({"grace": 5}, "grace must be at least twice the heartbeat (10.0 s). Got 5"),
         ({"retries": -1}, "retries must be a whole number from 0 on. Got -1"),
         ({"evaluate": "yes"}, "evaluate must be true or false. Got 'yes'"),
+        ({"launcher": ["nice", 1.5]}, "launcher must be a list of words. Got a list (['nice', 1.5])"),
+        ({"sampler": "tpee"}, "no class 'tpee' is known. Did you mean optuna.samplers.TPESampler?"),
     ],
 )
 def test_a_wrong_yaml_is_refused_by_file_and_key(change, told, tmp_path):
@@ -220,9 +303,29 @@ def test_what_is_missing_is_named(key):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1\nb: 2\n")
-    for name, told in (("none.yaml", "No such file"), ("bad.yaml", "line 2: not valid YAML")):
+    (tmp_path / "twice.yaml").write_text("study: a\nspace:\n  a: [1]\n  a: [2]\n")
+    (tmp_path / "empty.yaml").write_text("")
+    for name, told in (
+        ("none.yaml", "no such file"),
+        ("bad.yaml", "line 2: not valid YAML"),
+        ("twice.yaml", r"twice\.yaml, line 4: space\.a is given twice, first on line 3"),
+        ("empty.yaml", r"is empty: expected a mapping of keys \(study, configs, space, \.\.\.\)"),
+    ):
         with pytest.raises(Mistake, match=told):
             settings.read(str(tmp_path / name))
+
+
+def test_the_configs_of_other_commands_are_told_from_a_sweeps(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Mistake, match=r"conf/digits\.yaml is a fit's config \(it has data\), not a sweep's"):
+        settings.read("conf/digits.yaml")
+    with pytest.raises(Mistake, match=r"sweeps/wandb\.yaml is a W&B sweep, not one by Optuna: `wandb sweep "):
+        settings.read("sweeps/wandb.yaml")
+
+
+def test_a_launcher_may_have_numbers_as_the_docs_say():
+    (shown,) = re.findall(r"words before the command of each fit: `(\[.*?\])`", (ROOT / "docs/sweeps.md").read_text())
+    assert settings.parsed(GOOD | {"launcher": yaml.safe_load(shown)}).launcher == ("nice", "-n", "10")
 
 
 def test_the_sweep_that_the_docs_show_is_one_and_every_key_is_explained():

@@ -36,7 +36,7 @@ from ..predictions import summary
 from ..signals import Interrupted, Signals
 from ..writing import replacing
 from . import loggers
-from .checked import CheckedCLI
+from .checked import CheckedCLI, rehearse
 from .lock import just_left, sole_fit
 
 RUN_DIRECTORY = "LIGHTNING_IWAE_RUN_DIRECTORY"  # tells processes that DDP starts where the run of the first one is
@@ -260,6 +260,17 @@ class CLI(CheckedCLI):
                 print(f"\n{summary(callback.rows)}\n\nSaved as {callback.written}", flush=True)
 
 
+class Rehearsal(CLI):
+    """A fit up to the point where it would need its device and data: all is parsed and made but the trainer."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None; the optimisers are tried."""
+        rehearse(self.model)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
 def launched() -> bool:
     """Whether this process was started by the first process of the run, under DDP."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and RUN_DIRECTORY in os.environ
@@ -333,26 +344,36 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", "The `srun` command is available")  # on a login node all is well without
 
 
+def make_ready(args: list[str]) -> None:
+    """All of a fit that needs neither device nor data; raises what `run` would if its arguments are wrong."""
+    start(Rehearsal, args, Signals())
+
+
+def start(cli: type[CLI], args: list[str], signals: Signals) -> None:
+    """Have a command line of this package's settings parse the arguments, and do what they ask for."""
+    quieten()
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.samples} under a sub-command
+    cli(
+        IWModule,
+        LightningDataModule,
+        subclass_mode_data=True,
+        save_config_callback=RunFiles,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # no hyper-parameters in checkpoints: config.yaml has them
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        args=args,
+        signals=signals,
+    )
+
+
 def run(args: list[str] | None) -> None:
     """Parse the arguments of a sub-command and run it; `Interrupted` if a signal stops it."""
     args = of_run(sys.argv[1:] if args is None else args)
-    quieten()
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.samples} under a sub-command
     started_by_another = launched()
     try:
         with Signals() as signals:
-            CLI(
-                IWModule,
-                LightningDataModule,
-                subclass_mode_data=True,
-                save_config_callback=RunFiles,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,  # no hyper-parameters in checkpoints: config.yaml has them
-                parser_kwargs={"parser_mode": "omegaconf+"},
-                args=args,
-                signals=signals,
-            )
+            start(CLI, args, signals)
     except Interrupted as stop:
         if stop.signal == signal.SIGUSR1:  # SIGTERM may be from W&B's own stop button
             loggers.preempted()

@@ -106,16 +106,19 @@ def from_option(key: str, value: str) -> Source:
 
 
 # ---------------------------------------------------------------------------------------------- files
-def read_file(name: str) -> Source:
-    """A config file. Mistake, with its line, unless it holds one mapping of keys of which none is given twice."""
+def read_file(name: str, keys: str = "model, data, trainer, ...") -> Source:
+    """A config file, or another YAML of such keys.
+
+    Mistake, with its line, unless it holds one mapping of keys of which none is given twice.
+    """
     text = text_of(name)
     try:
         node = yaml.compose(text, yaml.SafeLoader)
         if node is None:
-            raise Mistake(f"{name} is empty: expected a mapping of keys (model, data, trainer, ...).")
+            raise Mistake(f"{name} is empty: expected a mapping of keys ({keys}).")
         if not isinstance(node, yaml.MappingNode):
             kind = "a list" if isinstance(node, yaml.SequenceNode) else "text"
-            raise Mistake(f"{name} must hold a mapping of keys (model, data, trainer, ...). Got {kind}.")
+            raise Mistake(f"{name} must hold a mapping of keys ({keys}). Got {kind}.")
         lines: dict[str, int] = {}
         note_lines(node, "", name, lines, ())
         return Source(name, yaml.safe_load(text), lines)

@@ -59,13 +59,15 @@ def run(args: list[str]) -> None:
         raise ValueError(f"RUN must be runs with a readable config.yaml. Got {told}.")
     reference = find_reference(groups, given.reference)
     compared, warned = results(groups, reference), warnings(groups, found)
-    damaged = [r for r in found if r.problems]
     title = given.title or f"{len(found)} run{'s' * (len(found) != 1)} compared"
     command = shlex.join(["python", "-m", "lightning_iwae", "report", *args])
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page.render(html, title, command, groups, reference, compared, warned, found), encoding="utf-8")
-    text.write_text(markdown.document(title, groups, reference, compared, warned, damaged), encoding="utf-8")
-    print(f"{page.subtitle(groups, found)}; {len(damaged) or 'none'} unfinished or damaged.")
+    text.write_text(markdown.document(title, groups, reference, compared, warned, found), encoding="utf-8")
+    damaged, untested = sum(r.damaged for r in found), sum(r.untested for r in found)
+    print(f"{page.subtitle(groups, found)}; {damaged or 'none'} unfinished or damaged.")
+    if untested:
+        print(f"{untested} {runs.UNTESTED}.")
     print(f"Saved as {html} and {text}")
 
 

@@ -4,14 +4,15 @@ import re
 
 from .groups import Group, shown
 from .results import Results, kind
-from .runs import Run
+from .runs import UNTESTED, Run
 from .statistics import Summary
 
 
 def document(
-    title: str, groups: list[Group], reference: Group, results: Results, warnings: list[str], damaged: list[Run]
+    title: str, groups: list[Group], reference: Group, results: Results, warnings: list[str], runs: list[Run]
 ) -> str:
     """Final figures, their notes, the settings that differ, and what could not be read."""
+    damaged, untested = [r for r in runs if r.damaged], [r for r in runs if r.untested]
     parts = [f"# {escape(title)}", *(f"> {escape(w)}" for w in warnings)]
     if results.figures:
         parts += [figures_table(groups, reference, results), note(groups, reference, results)]
@@ -21,6 +22,8 @@ def document(
         parts += ["## Settings that differ", table(["group", *map(code, keys)], rows)]
     if damaged:
         parts += ["## Unfinished or damaged", "\n".join(f"- {code(r.path)}: {problems(r)}" for r in damaged)]
+    if untested:
+        parts += [f"## {len(untested)} {escape(UNTESTED)}", "\n".join(f"- {code(r.path)}" for r in untested)]
     return "\n\n".join(parts) + "\n"
 
 

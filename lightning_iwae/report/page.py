@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from . import curves, markdown, pictures
 from .groups import Group, canonical, shown
 from .results import Results, kind
-from .runs import CURVES, Run
+from .runs import CURVES, UNTESTED, Run
 
 COLOURS = 8  # Okabe and Ito's; more groups than that are grey
 STRIP = 24  # groups in a strip plot at most
@@ -73,7 +73,9 @@ def render(
         "spread": markdown.spread,
         "explanation": markdown.explanation(groups, reference, results),
         "warnings": warnings + unseen,
-        "damaged": [run for run in runs if run.problems],
+        "damaged": [run for run in runs if run.damaged],
+        "untested": [run for run in runs if run.untested],
+        "UNTESTED": UNTESTED,
         "runs": runs,
         "number": {id(run): number.get(id(run)) for run in runs},
         "id": id,

@@ -31,6 +31,7 @@ CURVES = (
 FLOORS = ("snr/phi_floor", "snr/theta_floor")  # what pure noise would give
 PRESENTATION = ("trainer.logger", "trainer.enable_", "trainer.callbacks.Figures", "ckpt_path", "weights_only")
 DAMAGE = (OSError, ValueError, TypeError, yaml.YAMLError, csv.Error, RecursionError)
+UNTESTED = "not tested (no evaluation.json): run `test`, or `evaluate: true` in the sweep"
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast
 
 
@@ -61,6 +62,16 @@ class Run:
     curves: dict[str, Curve] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def untested(self) -> bool:
+        """Whether nothing is wrong with it but that."""
+        return self.problems == [UNTESTED]
+
+    @property
+    def damaged(self) -> bool:
+        """Whether anything else is wrong."""
+        return bool(self.problems) and not self.untested
 
 
 # --------------------------------------------------------------------------------------------------- finding
@@ -97,7 +108,7 @@ def read(path: Path) -> Run:
         try:
             reader(run, path / name)
         except FileNotFoundError:
-            run.problems.append(f"{name} is missing")
+            run.problems.append(UNTESTED if name == "evaluation.json" else f"{name} is missing")
         except DAMAGE as error:
             run.problems.append(f"{name} is damaged: {' '.join(str(error).split())[:200]}")
     return run

@@ -161,7 +161,10 @@ def markdown(title: str, rows: list[Row], front: list[Row], keys: list[str], stu
         cells = [str(row.slot), row.outcome, *values, *(setting(row.point.get(key, "")) for key in keys)]
         cells = [cell.replace("|", "\\|") for cell in cells]
         lines.append("| " + " | ".join([*cells, f"{row.seconds:.0f}", str(row.tries)]) + " |")
-    lines += ["", "## Best", *(f"\n    {row.command}\n" for row in front)]
+    lines += ["", "## Best"] if front else []
+    for row in front:
+        told = ", ".join(f"{name} {cell(row, i)}" for i, name in enumerate(study.sweep.objectives))
+        lines += ["", f"Trial {row.slot}: {told}", "", f"    {row.command}"]
     reasons = [f"- trial {row.slot}, {reason}" for row in rows for reason in row.reasons]
     return "\n".join(lines + (["", "## Attempts that did not end well", "", *reasons] if reasons else [])) + "\n"
 

@@ -4,14 +4,13 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
-
-from ..class_paths import find_class
+from ..class_paths import find_class, public, subclasses
+from ..cli import configs
 from ..mistakes import Mistake, did_you_mean, nearest, shown
 from .space import Space, is_number, is_plain
 from .space import read as read_space
@@ -21,6 +20,7 @@ NO_OBJECTIVE = (
     "A training bound is none: it grows with the number of particles, whatever the model does. "
     "Take val/log_px, or another val/ name of docs/metrics.md."
 )
+FIT = {"model", "data", "trainer"}  # what a fit's config consists of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Sweep:
         heartbeat: seconds between two signs of life of a running trial.
         grace: seconds without one after which a trial counts as lost.
         patience: seconds for which a storage that does not answer is waited for.
+        file: the YAML, for messages.
     """
 
     study: str
@@ -62,6 +63,7 @@ class Sweep:
     heartbeat: float = 10.0
     grace: float = 60.0
     patience: float = 600.0
+    file: str = "sweep"
 
     @property
     def signs(self) -> list[int]:
@@ -126,7 +128,9 @@ def made(path: str, arguments: dict[str, Any], where: str, base: type, seed: int
     try:
         cls = find_class(path, [base])
     except Mistake as error:
-        raise Mistake(f"{where}.class_path: {error}") from error
+        known = {c.__name__: c for c in subclasses([base])}
+        near = None if "Did you mean" in str(error) else nearest(f"{path}{where}", known)  # TPE, of TPESampler
+        raise Mistake(f"{where}.class_path: {error}{did_you_mean(public(known[near]) if near else None)}") from error
     if seed is not None and "seed" in inspect.signature(cls).parameters:
         arguments = {"seed": seed} | arguments
     with warnings.catch_warnings():
@@ -140,21 +144,20 @@ def made(path: str, arguments: dict[str, Any], where: str, base: type, seed: int
 # ------------------------------------------------------------------------------------------------ reading
 def read(path: str, over: Mapping[str, Any] | None = None) -> Sweep:
     """The sweep of a YAML file; `over` replaces some of its keys. Mistake naming the key that is wrong."""
+    tree = configs.read_file(path, "study, configs, space, ...").tree
+    if "space" not in tree and (of_fit := FIT & set(tree)):
+        raise Mistake(f"{path} is a fit's config (it has {min(of_fit)}), not a sweep's, as sweeps/optuna.yaml is.")
+    if {"method", "parameters"} <= set(tree):
+        raise Mistake(f"{path} is a W&B sweep, not one by Optuna: `wandb sweep {path}`, see docs/wandb.md.")
+    with in_file(path):
+        return replace(parsed(tree | dict(over or {})), file=path)
+
+
+@contextmanager
+def in_file(path: str) -> Iterator[None]:
+    """Have a Mistake say in which file it stands."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"-c {path}: {getattr(error, 'strerror', None) or error}.") from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}" if mark else ""
-        raise Mistake(f"{path}{at}: not valid YAML: {getattr(error, 'problem', error)}.") from error
-    if not isinstance(tree, dict):
-        raise Mistake(f"{path} must map keys to values. Got {shown(tree)}.")
-    tree |= over or {}
-    try:
-        return parsed(tree)
+        yield
     except Mistake as error:
         raise Mistake(f"{path}: {error}") from error
 
@@ -176,7 +179,7 @@ def parsed(tree: dict[str, Any]) -> Sweep:
         values["objectives"] = objectives(tree["objective"])
     values["configs"] = tuple(tree["configs"])
     values["options"] = tuple(option(key, value) for key, value in tree.get("options", {}).items())
-    values["launcher"] = tuple(tree.get("launcher", ()))
+    values["launcher"] = tuple(str(word) for word in tree.get("launcher", ()))
     sweep = Sweep(**values)
     if sweep.grid and sweep.trials is not None:
         raise Mistake("trials must be left out with sampler: grid, which tries every point once.")
@@ -254,7 +257,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seeds": (whole(1), "a whole number from 1 on"),
     "budget": (is_budget, "{steps: N} or {seconds: S}"),
     "retries": (whole(0), "a whole number from 0 on"),
-    "launcher": (lambda v: v == [] or is_names(v), "a list of words"),
+    "launcher": (lambda v: isinstance(v, list) and all(type(w) in (str, int) for w in v), "a list of words"),
     "evaluate": (lambda v: isinstance(v, bool), "true or false"),
     "seed": (whole(0), "a whole number from 0 on"),
     "heartbeat": (positive, "a positive number of seconds"),

@@ -58,6 +58,14 @@ class Parameter:
         count = math.floor((self.high - self.low) / step + 1e-9) + 1
         return [(int if self.integer else float)(self.low + i * step) for i in range(count)]
 
+    def tried(self, known: Mapping[str, Any]) -> list[Any]:
+        """What of it is tried before the first trial: all choices, the ends of a range, the largest divisor."""
+        if self.form == "range":
+            last = self.low + (self.high - self.low) // self.step * self.step if self.step else self.high
+            return [self.low, last]
+        n = known[self.divisors_of] if isinstance(self.divisors_of, str) else self.divisors_of
+        return list(self.choices) or [n]
+
     @property
     def integer(self) -> bool:
         """Whether a range is of whole numbers: its ends, and its step, are written as such."""
@@ -92,8 +100,18 @@ class Space:
         """Every point of the grid, and the study's parameters of it. Mistake where a range has no step."""
         yield from self._from(0, {}, {}, base)
 
-    def first(self, base: Mapping[str, Any], parameter: Parameter | None = None) -> dict[str, Any]:
-        """The first value of each key, or what `parameter` needs to be chosen: to try the settings with."""
+    def rehearsal(self, base: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Few points in which every choice of every list is taken. Not every combination: they share the points."""
+        points: list[dict[str, Any]] = []
+        for p in self.parameters:
+            divides = p.form == "divisors"
+            for turn, value in enumerate([0] if divides else p.tried(base)):
+                if not any(p.key in q and (divides or q[p.key] == value) for q in points):
+                    points.append(self.first(base, p, turn))
+        return points
+
+    def first(self, base: Mapping[str, Any], parameter: Parameter | None = None, turn: int = 0) -> dict[str, Any]:
+        """The first value of each key, or that of another turn, and what `parameter` needs to be chosen."""
         wanted: dict[str, Any] = {}
         asked = [parameter] if parameter else []
         while asked:  # a condition's key may have a condition itself
@@ -105,8 +123,10 @@ class Space:
         for p in self.parameters:
             known = {**base, **point}
             if p.applies(known):
-                first = p.low if p.form == "range" else (p.finite(known) or [None])[0]
-                point[p.key] = wanted.get(p.key, first)
+                tried = p.tried(known)
+                value = wanted.get(p.key, tried[turn % len(tried)])
+                divides = p.form != "divisors" or tried[0] % value == 0  # else what needs it is not in this point
+                point[p.key] = value if divides else tried[0]
         return point
 
     def _from(
@@ -146,7 +166,7 @@ def read(tree: Any, base: Mapping[str, Any]) -> Space:
     for key, spec in tree.items():
         p = parameter(str(key), spec)
         earlier = {q.key: q for q in parameters}
-        check_references(p, earlier, base)
+        check_references(p, earlier, {str(k) for k in tree}, base)
         if isinstance(p.divisors_of, str) and p.divisors_of not in earlier:
             p = replace(p, divisors_of=base[p.divisors_of])
         parameters.append(p)
@@ -221,22 +241,30 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_references(p: Parameter, earlier: Mapping[str, Parameter], base: Mapping[str, Any]) -> None:
-    """Mistake if `when` or `divisors_of` names what is not known by then."""
+def check_references(p: Parameter, earlier: Mapping[str, Parameter], space: set[str], base: Mapping[str, Any]) -> None:
+    """Mistake if `when` or `divisors_of` names what is not known by then, or a `when` can never hold."""
     named = [("when", key) for key in p.when]
     named += [("divisors_of", p.divisors_of)] if isinstance(p.divisors_of, str) else []
     for option, key in named:
         of = earlier.get(key)
+        if of is None and key in space:
+            raise Mistake(f"space.{p.key}.{option}: {key} must stand above it in the space.")
         if of is None and key not in base:
             known = [*earlier, *base]
             raise Mistake(
                 f"space.{p.key}.{option}: {key!r} must be a key of the space that comes before it, or of the config."
                 f"{did_you_mean(nearest(key, known))}"
             )
-        if option == "when" and of is not None and of.form == "choices":
+        if option == "when" and of is None and base[key] not in p.when[key]:
+            got = ", ".join(map(shown, p.when[key]))
+            raise Mistake(
+                f"space.{p.key}.when: {key} is {shown(base[key])} in the config, and is not chosen. Got {got}."
+            )
+        if option == "when" and of is not None:
             for value in p.when[key]:
-                if value not in of.choices:
-                    raise Mistake(f"space.{p.key}.when: {key} must be one of its choices. Got {shown(value)}.")
+                unset = of.when and key in base and base[key] == value  # what it is where it is not chosen
+                if (wanted := never(of, value, earlier)) and not unset:
+                    raise Mistake(f"space.{p.key}.when: {key} must be {wanted}. Got {shown(value)}.")
         if option == "divisors_of":
             values = [base[key]] if of is None else list(of.choices) if of.form == "choices" else [1]
             wrong = [v for v in values if type(v) is not int or v < 1]
@@ -245,3 +273,26 @@ def check_references(p: Parameter, earlier: Mapping[str, Parameter], base: Mappi
                 raise Mistake(f"space.{p.key}.divisors_of: {key} must be a whole number from 1 on. Got {got}.")
             if of is not None and not of.when.items() <= p.when.items():
                 raise Mistake(f"space.{p.key} must have the `when` of {key}, of which it is a divisor.")
+
+
+def never(p: Parameter, value: Any, earlier: Mapping[str, Parameter]) -> str:
+    """What a key of the space would have to be if it can't be `value`; nothing if it can."""
+    if p.form == "choices":
+        return "" if value in p.choices else "one of its choices"
+    if p.form == "range":
+        if not p.integer and not p.step:
+            return "a list, or have a step, to be compared with a value"
+        steps = (value - p.low) / (p.step or 1) if is_number(value) else 0.5
+        fits = abs(steps - round(steps)) < 1e-9 and p.low <= value <= p.high
+        return "" if fits else f"from {p.low} to {p.high}" + (f" in steps of {p.step}" if p.step else "")
+    whole = type(value) is int and value > 0
+    if isinstance(p.divisors_of, int):
+        return "" if whole and p.divisors_of % value == 0 else f"a divisor of {p.divisors_of}"
+    of = earlier[p.divisors_of]
+    if of.form == "divisors":
+        fits = not never(of, value, earlier)
+    elif of.form == "range":
+        fits = whole and of.high // value * value >= of.low
+    else:
+        fits = whole and any(n % value == 0 for n in of.choices)
+    return "" if fits else f"a divisor of {p.divisors_of}"

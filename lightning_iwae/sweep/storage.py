@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -98,8 +99,21 @@ def brief(error: BaseException, url: str) -> str:
     return without_password(lines[0], url)[:200]
 
 
+def file_of(url: str) -> Path | None:
+    """The file that a URL leads to, if that is one. Mistake for one in memory, or in the file system's root."""
+    sqlite = re.fullmatch(r"sqlite(?:\+\w+)?:(?://)?/?([^?]*)(\?.*)?", url)
+    if sqlite and sqlite[1] in ("", ":memory:"):
+        raise Mistake(f"storage: {url} would be in memory, and lost. Expected sqlite:///FILE.")
+    if not url.startswith("journal:"):
+        return Path(sqlite[1]) if sqlite else None
+    file = Path(re.sub("^journal:(//)?", "", url))
+    if file.parent == Path("/"):
+        raise Mistake(f"storage: {url} is a file in the root directory, /. For one in this directory: journal:/{file}.")
+    return file
+
+
 def open_storage(url: str) -> optuna.storages.BaseStorage:
-    """The storage at a URL: sqlite:///, postgresql://, mysql://, or journal:///FILE for a shared file.
+    """The storage at a URL: sqlite:///FILE, postgresql://, mysql://, or journal://FILE for a shared file.
 
     Raises:
         Mistake: if the URL is none, or its driver is missing.
@@ -107,14 +121,14 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    scheme = url.partition(":")[0]
+    scheme, file = url.partition(":")[0], file_of(url)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "is experimental"
         if scheme == "journal":
             from optuna.storages.journal import JournalFileBackend
 
             try:
-                return optuna.storages.JournalStorage(JournalFileBackend(re.sub("^journal:(//)?", "", url)))
+                return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
             except (OSError, ValueError) as error:  # ValueError: a file that is none of Optuna's
                 raise Mistake(f"storage: {url} can't be used: {error}.") from error
         url = re.sub("^postgres(ql)?:", "postgresql+psycopg2:", url)  # SQLAlchemy's own choice depends on its version
@@ -128,18 +142,29 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             raise Mistake(f"storage: {scheme} needs {driver}: pip install {package}.") from error
         except (ArgumentError, ValueError):
             raise Mistake(
-                f"storage must be sqlite:///FILE, journal:///FILE or postgresql://USER@HOST/DATABASE. Got {shown(url)}."
+                f"storage must be sqlite:///FILE, journal://FILE or postgresql://USER@HOST/DATABASE. Got {shown(url)}."
             ) from None
     if backend == "sqlite":  # else two workers may both read that a trial is free, and both take it
         event.listen(made.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return made
 
 
-def open_study(url: str, name: str, directions: list[Any], pruner: optuna.pruners.BasePruner) -> optuna.Study:
-    """The study, made if it is not there. Several may do so at once, in an empty database too."""
+def open_study(
+    url: str, name: str, directions: list[Any], pruner: optuna.pruners.BasePruner, begin: Callable[[], None]
+) -> optuna.Study:
+    """The study, made if it is not there. Several may do so at once, in an empty database too.
+
+    `begin` is called first where it has no trials; where there is no file for it, before that is made.
+    """
+    file = file_of(url)
+    if begun := file is not None and not file.exists():
+        begin()
     for attempt in range(20):
         try:
             storage = open_storage(url)
+            if not begun and not has_trials(storage, name):
+                begin()
+            begun = True
             return optuna.create_study(
                 storage=storage, study_name=name, directions=directions, load_if_exists=True, pruner=pruner
             )
@@ -148,6 +173,14 @@ def open_study(url: str, name: str, directions: list[Any], pruner: optuna.pruner
                 raise
             time.sleep(random.uniform(0.1, 1.0))
     raise AssertionError
+
+
+def has_trials(storage: optuna.storages.BaseStorage, name: str) -> bool:
+    """Whether there is such a study, and any trial in it."""
+    try:
+        return storage.get_n_trials(storage.get_study_id_from_name(name)) > 0
+    except KeyError:
+        return False
 
 
 def lost_a_race(error: BaseException | None) -> bool:

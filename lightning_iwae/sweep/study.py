@@ -14,7 +14,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -81,6 +81,12 @@ def has_ended(tried: Sequence[FrozenTrial], retries: int) -> bool:
     return sum(t.user_attrs.get("outcome") in ("broken", "lost") for t in tried) > retries
 
 
+def interrupted(tried: Sequence[FrozenTrial]) -> bool:
+    """Whether a slot's last attempt that is over was given back or lost, and is the first to go on with."""
+    over = [t for t in tried if t.state.is_finished()]
+    return bool(over) and over[-1].user_attrs.get("outcome") in ("returned", "lost")
+
+
 def missing(trials: Sequence[FrozenTrial], slots: int, retries: int) -> list[Next]:
     """The attempts that are to be put into the study: first ones, and next ones of trials that are not over."""
     found = attempts(trials)
@@ -102,6 +108,22 @@ def ours() -> Iterator[None]:
         raise Taken from None
 
 
+def differing(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, one value, the other) wherever two settings differ; ABSENT for what only one of them has."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in [*a, *(name for name in b if name not in a)]:
+            yield from differing(a.get(name, ABSENT), b.get(name, ABSENT), f"{key}.{name}" if key else name)
+    elif json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
+        yield key, a, b
+
+
+def distinct(a: Any, b: Any) -> tuple[str, str]:
+    """Two different values as they stand in a message; in full where a short form would be the same of both."""
+    one, other = (str(v) if v == ABSENT else shown_value(v) for v in (a, b))
+    return (one, other) if one != other else (json.dumps(a), json.dumps(b))
+
+
+ABSENT = "left out"
 NEVER_BEGUN = Ended("returned", reason="taken by a worker that died before it began")
 SURPLUS = Ended("surplus", reason="another worker put the same attempt into the study just before")
 
@@ -114,10 +136,19 @@ class Study:
         url: of the storage.
         say: where to tell that the storage does not answer.
         signals: that may come while it does not.
+        begin: called before a study is made, or joined that has no trials.
     """
 
-    def __init__(self, sweep: Sweep, url: str, say: Callable[[str], None], signals: Signals | None = None) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        url: str,
+        say: Callable[[str], None],
+        signals: Signals | None = None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         self.sweep, self.url, self.say, self.signals = sweep, url, say, signals or Signals()
+        self.begin = begin
         self.patience = sweep.patience
         self.answering: float | None = time.monotonic()  # since when the storage has; None: it does not
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
@@ -129,7 +160,8 @@ class Study:
 
     @patient
     def _open(self) -> optuna.Study:
-        return storage.open_study(self.url, self.sweep.study, self._directions(), self.sweep.make_pruner())
+        pruner = self.sweep.make_pruner()
+        return storage.open_study(self.url, self.sweep.study, self._directions(), pruner, self.begin)
 
     def answered(self, does: bool, told: str = "") -> None:
         """Note that the storage answers, or that it does not, and say so when it changes."""
@@ -145,19 +177,21 @@ class Study:
         """Agree with the others on what is tried, `config` being the settings below it. Mistake where they differ."""
         mine = {"sweep": self.sweep.identity(), "config": dict(config)}
         theirs = self.study.user_attrs
-        if list(self.study.directions) != [optuna.study.StudyDirection[d.upper()] for d in self._directions()]:
-            raise Mistake(f"study {self.sweep.study}: its directions must be those of the objective.")
+        directions = [d.name.lower() for d in self.study.directions]
+        if directions != self._directions():
+            self._refuse("objective: its direction", ", ".join(directions), ", ".join(self._directions()))
         for part, keys in mine.items():
             if part not in theirs:
                 self.study.set_user_attr(part, keys)
                 continue
-            for key in keys | theirs[part]:
-                a, b = theirs[part].get(key), keys.get(key)
-                if json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
-                    raise Mistake(
-                        f"{part}: {key} must be {shown_value(a)}, as when study {self.sweep.study} was begun. "
-                        f"Got {shown_value(b)}. Give the study another name, or take back the change."
-                    )
+            for key, a, b in differing(theirs[part], json.loads(json.dumps(keys))):
+                self._refuse(f"{part}: {key}", *distinct(a, b))
+
+    def _refuse(self, key: str, theirs: str, mine: str) -> NoReturn:
+        raise Mistake(
+            f"{key} must be {theirs}, as when study {self.sweep.study} was begun. "
+            f"Got {mine}. Give the study another name, or take back the change."
+        )
 
     def _directions(self) -> list[str]:
         return list(self.sweep.objectives.values())
@@ -173,6 +207,10 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         """All of the study's."""
         return self.study.get_trials(deepcopy=False)
+
+    def has_values(self) -> bool:
+        """Whether any trial has told a value, be it on the way."""
+        return any(t.values or t.intermediate_values for t in self.trials())
 
     def is_over(self) -> bool:
         """Whether every slot's trial is."""
@@ -214,7 +252,9 @@ class Study:
         trials = self.trials()
         chosen = {t.number for tried in attempts(trials).values() for t in tried}
         ours = [t for t in trials if t.user_attrs.get("slot", self.slots) < self.slots]
-        for waiting in (t for t in ours if t.state == TrialState.WAITING):
+        stopped = [slot for slot, tried in attempts(trials).items() if interrupted(tried)]
+        waiting_ones = [t for t in ours if t.state == TrialState.WAITING]
+        for waiting in sorted(waiting_ones, key=lambda t: t.user_attrs["slot"] not in stopped):  # else as they came
             try:
                 if waiting.number not in chosen:
                     self._end(waiting._trial_id, SURPLUS)

@@ -18,14 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..mistakes import Mistake
+from ..mistakes import Mistake, did_you_mean, nearest
 from ..signals import Signals
 from ..writing import replacing
 from .settings import Sweep, option
 from .storage import VARIABLE
 from .study import Ended
 
-NO_VALUE = "is Evaluation among the callbacks, and was there a validation within the budget?"
 LOOK = 0.3  # seconds between two looks at a fit
 PATIENCE = 180.0  # seconds that a fit has to save and to end when it is asked to
 SECRETS = (VARIABLE, "PGPASSWORD", "PGPASSFILE")  # a fit does not talk to the study's storage
@@ -35,6 +34,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBC = ctypes.CDLL(None)
 
 
+FOREIGN = "--out: {} holds a run that is not of this study. Give another directory, or remove it."
 RETURNED = Ended("returned", reason="stopped by a signal; it goes on where it was")
 
 
@@ -108,6 +108,22 @@ class Metrics:
         rows = [values for _, values in self.rows() if all(map(math.isfinite, values))]
         return max(rows, key=lambda values: self.signs[0] * values[0], default=None)
 
+    def lacking(self) -> str:
+        """Why there is no row with the objectives: what the file has instead. Nothing if there is such a row."""
+        if self.rows():
+            return ""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        has = [name for name in next(csv.reader([text.partition("\n")[0]]), []) if name.startswith("val/")]
+        if not has:
+            return (
+                f"objective: {self.path} has no validation. Let the fits be longer (budget), or validate more often "
+                "(trainer.check_val_every_n_epoch)."
+            )
+        missing = [name for name in self.objectives if name not in has] or self.objectives
+        near = did_you_mean(nearest(missing[0], has))
+        by = "" if "val/log_px" in has else " val/log_px is of lightning_iwae.callbacks.Evaluation."
+        return f"objective: no {' and '.join(missing)} in {self.path}, which has {', '.join(has)}.{near}{by}"
+
 
 @dataclass
 class Trial:
@@ -159,7 +175,7 @@ class Trial:
             means = tuple(sum(column) / len(column) for column in zip(*self.values, strict=True))
             ended = Ended("finished", means)
         notes = {"seconds": round(time.monotonic() - begun, 1), "runs": [path.name for path in self.runs]}
-        return Ended(ended.outcome, ended.values, ended.reason, notes | {"of_seeds": self.values})
+        return Ended(ended.outcome, ended.values, ended.reason, {**ended.notes, **notes, "of_seeds": self.values})
 
     def _fit(self, index: int, path: Path) -> Ended:
         metrics = Metrics(
@@ -176,7 +192,7 @@ class Trial:
             status, pruned = self._process(command, path, lock, metrics, reporting)
             if pruned:
                 return Ended("pruned", metrics.best() or ())
-            if status == 0 and self.sweep.evaluate and self.signals.received == 0:
+            if status == 0 and self.sweep.evaluate and self.signals.received == 0 and metrics.rows():
                 test = ["test", *words[1:], *place, "--ckpt_path=best"]
                 status, _ = self._process(test, path, lock, metrics, False)
         if status in STOPPED:
@@ -185,18 +201,18 @@ class Trial:
             return RETURNED
         if status:
             return Ended(*verdict(status, path / "log.txt"))
+        if lacking := metrics.lacking():
+            return Ended("failed", reason=lacking, notes={"lacking": True})
         best = metrics.best()
         if best is None:
-            wanted = " and ".join(self.sweep.objectives)
-            return Ended("failed", reason=f"{metrics.path} has no finite {wanted}: {NO_VALUE}")
+            return Ended("failed", reason=f"{metrics.path} has no finite {' and '.join(self.sweep.objectives)}.")
         return Ended("finished", best)
 
     def _mark(self, path: Path) -> None:
         """Write whose run it is. Mistake if there is another study's, whose figures would be taken for this one's."""
         mark = path / "trial.json"
-        told = mark.read_text() if mark.exists() else "" if (path / "metrics.csv").exists() else None
-        if told is not None and (not told or json.loads(told)["token"] != self.token):
-            raise Mistake(f"--out: {path} holds a run that is not of this study. Give another directory, or remove it.")
+        if holds_run(path) and (not mark.exists() or json.loads(mark.read_text())["token"] != self.token):
+            raise Mistake(FOREIGN.format(path))
         with replacing(mark) as file:
             file.write(json.dumps({"token": self.token, "trial": self.slot, "point": self.point}).encode())
 
@@ -242,6 +258,11 @@ class Trial:
         finally:
             kill(process)
         return process.returncode, pruned
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a directory has been given to a fit."""
+    return (path / "trial.json").exists() or (path / "metrics.csv").exists()
 
 
 def die_with_parent() -> None:

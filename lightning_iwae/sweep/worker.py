@@ -1,9 +1,10 @@
 """One worker: takes trials of the study one after the other, runs them, and shows how far the study is."""
 
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from tqdm import tqdm
 from ..mistakes import Mistake
 from ..mistakes import shown as shown_value
 from ..signals import Interrupted, Signals
-from .settings import Sweep
+from .settings import Sweep, in_file
 from .space import Space
 from .storage import shown
 from .study import POLL, Claim, Ended, Study, Taken, attempts, has_ended
-from .trial import Trial, fit_words
+from .trial import FOREIGN, Trial, fit_words, holds_run
 
 WIDTH = 16  # of a column of the progress table
 
@@ -30,7 +31,7 @@ class Progress:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep, self.shown = sweep, set[int]()
         self.columns: list[str] = []
-        self.bar = tqdm(unit="trial", disable=None, bar_format="{n_fmt}/{total_fmt} [{elapsed}] {postfix}")
+        self.bar = tqdm(disable=None, bar_format="{n_fmt} of {total_fmt} trials [{elapsed}]{desc}")
 
     def say(self, text: str) -> None:
         """A line of its own."""
@@ -56,8 +57,8 @@ class Progress:
         self.bar.n = sum(has_ended(tried, study.sweep.retries) for tried in found.values())
         told = [f"best {names(self.sweep)} {best}" for best in [best_so_far(found, self.sweep)] if best]
         running = [t for tried in found.values() for t in tried if t.state == TrialState.RUNNING]
-        told += [f"{t.user_attrs['slot']}: {latest(t)}" for t in running]
-        self.bar.set_postfix_str("; ".join(told))
+        told += [f"trial {t.user_attrs['slot']} {latest(t)}" for t in running]
+        self.bar.set_description_str("".join(f"; {part}" for part in told))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -100,7 +101,7 @@ def latest(trial: FrozenTrial) -> str:
     if not trial.intermediate_values:
         return "begun"
     step, value = max(trial.intermediate_values.items())
-    return f"step {step}, {value:.3f}"
+    return f"at step {step}: {value:.3f}"
 
 
 def best_so_far(found: Mapping[int, list[FrozenTrial]], sweep: Sweep) -> str:
@@ -118,11 +119,20 @@ def work(sweep: Sweep, url: str, out: Path) -> Study:
     with Signals(keyboard=True) as signals:
         progress = Progress(sweep)
         try:
-            base = base_settings(sweep)
-            space = sweep.space_over(base)
-            study = Study(sweep, url, progress.say, signals)
-            if not study.trials():
-                rehearse(sweep, space, base)
+            with in_file(sweep.file):
+                base = base_settings(sweep)
+                space = sweep.space_over(base)
+                if sweep.grid:
+                    list(space.points(base))  # a Mistake if there is no end of them
+            there = sorted(path for path in (out / "runs").glob("*") if holds_run(path))
+
+            def begin() -> None:  # what was there before the study was is another one's
+                if there:
+                    raise Mistake(FOREIGN.format(there[0]))
+                with in_file(sweep.file):
+                    rehearse(sweep, space, base)
+
+            study = Study(sweep, url, progress.say, signals, begin)
             study.join(base)
             study.lay_out(space, base)
             progress.say(f"Study {sweep.study} in {shown(url)}, {study.slots} trials. Runs are in {out / 'runs'}")
@@ -179,28 +189,54 @@ def attempt(
         raise
     except Taken:
         progress.say("A trial of this worker has been given to another, since it seemed to be dead.")
+    else:
+        if "lacking" in ended.notes and not study.has_values():
+            raise Mistake(
+                f"{study.sweep.file}: {ended.reason} No trial has a value, and no other would: the sweep stops. "
+                f"Mend it, and give the study another name than {study.sweep.study}."
+            )
 
 
 # ------------------------------------------------------------------------------------------------ before the first
 def base_settings(sweep: Sweep) -> dict[str, Any]:
     """The config's settings by dotted key. Mistake if it is wrong."""
-    base = flat(yaml.safe_load(printed(["fit", *(w for file in sweep.configs for w in ("-c", file)), *sweep.options])))
+    try:
+        text = printed(["fit", *(word for file in sweep.configs for word in ("-c", file)), *sweep.options])
+    except Mistake as error:
+        raise Mistake(below("options", str(error))) from error
+    base = flat(yaml.safe_load(text))
     if type(base["seed_everything"]) is not int:
         raise Mistake(f"seed_everything must be a whole number. Got {shown_value(base['seed_everything'])}.")
     return base
 
 
 def rehearse(sweep: Sweep, space: Space, base: Mapping[str, Any]) -> None:
-    """Have the command line read one point of the space in which every key is set. Mistake if it refuses."""
-    tried: set[str] = set()
-    for parameter in space.parameters:
-        if parameter.key not in tried:
-            point = space.first(base, parameter)
-            tried |= set(point)
-            try:
-                printed(fit_words(sweep, point, 0))
-            except Mistake as error:
-                raise Mistake(f"space: {error}") from error
+    """Have fits made ready, in one process, in which every choice of the space is taken. Mistake if one is refused."""
+    points = space.rehearsal(base)
+    place = "--trainer.default_root_dir=runs/none"  # else a fresh directory is made, and removed
+    told = refused([[*fit_words(sweep, point, 0), place] for point in points])
+    if told is not None:
+        index, message = told
+        at = ", ".join(f"{key}: {shown_value(value)}" for key, value in points[index].items())
+        raise Mistake(f"space: {message.replace(COMMAND_LINE, '')} Tried with {at}.")
+
+
+COMMAND_LINE = " (command line)"  # where a fit finds what stands in the sweep's YAML
+
+
+def below(key: str, message: str) -> str:
+    """A fit's message about what stands below `key` of the sweep's YAML, if it does."""
+    return f"{key}: {message.replace(COMMAND_LINE, '')}" if COMMAND_LINE in message else message
+
+
+def refused(fits: Sequence[Sequence[str]]) -> tuple[int, str] | None:
+    """As `rehearsal.refused`, in a process of its own."""
+    command = [sys.executable, "-m", "lightning_iwae.sweep.rehearsal"]
+    done = subprocess.run(command, input=json.dumps(fits), capture_output=True, text=True)
+    if done.returncode:
+        raise Mistake(f"space: a fit can't be made ready: {last_error(done.stderr)}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    return None if told is None else (told[0], told[1])
 
 
 def printed(words: list[str]) -> str:
@@ -208,9 +244,14 @@ def printed(words: list[str]) -> str:
     command = [sys.executable, "-m", "lightning_iwae", *words, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.strip().splitlines() if line.startswith("error:")]
-        raise Mistake((lines or done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: "))
+        raise Mistake(last_error(done.stderr))
     return done.stdout
+
+
+def last_error(text: str) -> str:
+    """The message that a command ended with."""
+    lines = text.strip().splitlines() or ["no message"]
+    return ([line for line in lines if line.startswith("error:")] or lines)[-1].removeprefix("error: ")
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
