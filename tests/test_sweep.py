@@ -378,7 +378,7 @@ def test_a_worker_that_was_cut_off_loses_its_trial_and_its_fit_never_runs_beside
 
 # ------------------------------------------------------------------------------------------------ the plan
 def test_what_is_missing_can_be_put_in_twice_and_counts_once(tmp_path):
-    sweep = settings.parsed(SWEEP | {"trials": 3})
+    sweep = settings.parsed(SWEEP | {"trials": 3, "grace": 60})
     url = f"sqlite:///{tmp_path / 'a.db'}"
     one, two = (study.Study(sweep, url, print) for _ in range(2))
     before = one.trials()
