@@ -1,7 +1,7 @@
 """Random streams that are functions of a key, so that a run can be repeated from any step."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,20 +36,16 @@ def forked(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-Noted = tuple[torch.Tensor, torch.Tensor | None]
-
-
-def noted(device: torch.device) -> Noted:
+def noted(device: torch.device) -> list[torch.Tensor]:
     """The states of torch's global streams, of the CPU and of `device`."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextmanager
-def repeated(states: Noted, device: torch.device) -> Iterator[None]:
+def repeated(states: Sequence[torch.Tensor], device: torch.device) -> Iterator[None]:
     """The streams go on from the `noted` states inside, and are as before after it."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        of_cpu, of_device = states
-        torch.set_rng_state(of_cpu)
-        if of_device is not None:
+        torch.set_rng_state(states[0])
+        for of_device in states[1:]:
             torch.cuda.set_rng_state(of_device, device)
         yield

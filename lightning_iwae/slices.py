@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 from . import bounds, routing
 from .memory import Peak
 from .models.labels import given
-from .randomness import Noted, forked, noted, repeated
+from .randomness import forked, noted, repeated
 from .routing import Draw, Method, Weights
 from .sides import Side
 from .weighing import held_back
@@ -87,10 +87,10 @@ class Slices:
     kl_weight: float
     chunk: int
     log_w: Tensor  # (S, B), detached
-    states: list[Noted]  # the random ones before each slice
+    states: list[Tensor]  # of each random stream before each slice, (slices, bytes)
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self.states[0])
 
     def rows(self, i: int) -> slice:
         """Which of the S samples are slice i's."""
@@ -100,7 +100,7 @@ class Slices:
         """Slice i with its graphs, to be let go before the next. Random states stay as they are."""
         rows = self.rows(i)
         size = rows.stop - rows.start
-        with repeated(self.states[i], self.x.device), torch.enable_grad():
+        with repeated([of_stream[i].clone() for of_stream in self.states], self.x.device), torch.enable_grad():
             return routing.draw(self.network, self.x, size, self.method, self.q, self.y, self.kl_weight)
 
     def worst(self) -> int:
@@ -140,15 +140,20 @@ def in_slices(
     """`draw` in slices, be it only one."""
     model = routing.checked(network, y)
     q = model.posterior(x) if q is None else q
-    log_w, states, has_path = [], [], True
+    starts = range(0, samples, chunk)
     with torch.no_grad():
-        for start in range(0, samples, chunk):
-            states.append(noted(x.device))
+        for i, start in enumerate(starts):
+            state = noted(x.device)
             sampled = routing.sample(model, q, x, min(chunk, samples - start), kl_weight)
-            log_w.append(sampled.log_p - sampled.log_q)
-            has_path = sampled.z_held.requires_grad
+            if i == 0:  # what stays is made once: bits of it among the large arrays that go would break up the heap
+                log_w = sampled.log_p.new_empty(samples, len(x))
+                states = [of_stream.new_empty(len(starts), len(of_stream)) for of_stream in state]
+            torch.sub(sampled.log_p, sampled.log_q, out=log_w[start : start + chunk])
+            for kept, of_stream in zip(states, state, strict=True):
+                kept[i] = of_stream
+    has_path = sampled.z_held.requires_grad
     torch.clear_autocast_cache()  # where older torch keeps weights that it cast without a graph
-    return Slices(network, x, y, q, has_path, method, kl_weight, chunk, torch.cat(log_w), states)
+    return Slices(network, x, y, q, has_path, method, kl_weight, chunk, log_w, states)
 
 
 # ------------------------------------------------------------------------------------------------ their gradients
@@ -160,7 +165,10 @@ def loss(drawn: Draw | Slices, theta: Side, phi: Side) -> Tensor:
     log_w, inference = drawn.log_w, trainable(drawn.network.inference)
     w = routing.weights(log_w, theta, phi)
     sums = {p: torch.zeros_like(p) for p in trainable(drawn.network)}
-    check_repeated(torch.stack([_add(sums, drawn, i, w) for i in range(len(drawn))]))
+    differs = torch.zeros(len(drawn), dtype=torch.bool, device=log_w.device)
+    for i in range(len(drawn)):
+        differs[i] = _add(sums, drawn, i, w)
+    check_repeated(differs)
     if phi.dreams:
         for p, g in zip(inference, _of_dreams(drawn, phi, inference), strict=True):
             sums[p] -= g
@@ -256,7 +264,8 @@ def fitting(
 
     All the samples, else a power of two, and 1 where even that takes more. Measured on slices of 1, 2, 4, .. up to 64
     samples, none larger than fits, and from there in proportion: no less than it takes, as arrays that do not grow
-    with samples are counted as if they did. The encoder's own graph, of B rows, is left out. Random states stay.
+    with samples are counted as if they did. Left out are the encoder's own graph, of B rows, and what is kept of every
+    slice: log-weights, and 5 kB of random state. Random states stay as they are.
     """
     model = given(network, y)
     q = model.posterior(x) if q is None else q
