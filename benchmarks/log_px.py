@@ -37,7 +37,7 @@ def run(plan: Plan) -> dict:
             PYTHAE_WHOLE: partial(pythae, model, x, K, K, values.setdefault(PYTHAE_WHOLE, [])),
         }
     )
-    held = max(1, 2**22 // x.numel())  # particles at once, as in importance_sample
+    held = max(1, 2**22 // x.numel())  # as many particles as importance_sample draws at once
     limit = Limit(of_decoding(held * len(x)))
     times = measure(steps | {EACH: limit.each, BEST: limit.best}, plan.seconds, plan.rounds)
     times[EACH] = [K / held * seconds for seconds in times[EACH]]

@@ -96,10 +96,10 @@ def machine(results: Results) -> list[tuple[str, str]]:
 def verdict(target: Any, results: Results) -> tuple[str, ...]:
     """Text, bound, what was found, and whether it is met."""
     bound = f"{'≥' if target.at_least else '≤'} {target.wanted}"
-    values, met = target.found(results), target.met(results)
+    values = target.found(results)
     if values is None:
         return target.text, bound, "", "not measured"
-    return target.text, bound, with_quartiles(values), "met" if met else "**not met**"
+    return target.text, bound, with_quartiles(values), "met" if target.met(values) else "**not met**"
 
 
 def against(times: dict, skipped: dict, reference: str) -> list[tuple[str, str, str]]:

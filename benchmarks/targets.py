@@ -35,11 +35,8 @@ class Target:
         except (KeyError, ValueError):
             return None
 
-    def met(self, results: Results) -> bool | None:
-        """By the median; None if it was not measured."""
-        found = self.found(results)
-        if found is None:
-            return None
+    def met(self, found: Spread) -> bool:
+        """By the median."""
         return found.median >= self.wanted if self.at_least else found.median <= self.wanted
 
 

@@ -4,7 +4,6 @@ All start from the same weights and data and take a step of Adam on both network
 `peers`.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -78,15 +77,12 @@ def piwae_bf16(work: Work) -> Step:
 
 def piwae_chunked(work: Work) -> Step:
     """In chunks of samples, in constant memory."""
-    if "chunk" not in inspect.signature(iw_loss).parameters:
-        raise Unavailable("iw_loss has no chunk in this version")
     return stepper(work, lambda model, x, work: piwae_loss(model, x, work, chunk=CHUNK))
 
 
 def piwae_compiled(work: Work, precision: Precision = nullcontext) -> Step:
     """With `compile: true`: its likelihood's loop by torch.compile."""
-    step, model = stepper_of(work, piwae_loss, precision)
-    compile_likelihoods(model)
+    step = stepper(work, piwae_loss, precision, prepare=compile_likelihoods)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         step()
@@ -159,16 +155,11 @@ def stepper(
     work: Work,
     loss: Callable[[MLP, Tensor, Work], Tensor],
     precision: Precision = nullcontext,
+    prepare: Callable[[MLP], object] = lambda model: None,
 ) -> Step:
-    """One backward pass of `loss` and a step of both networks."""
-    return stepper_of(work, loss, precision)[0]
-
-
-def stepper_of(
-    work: Work, loss: Callable[[MLP, Tensor, Work], Tensor], precision: Precision = nullcontext
-) -> tuple[Step, MLP]:
-    """The same, and the network that it trains."""
+    """One backward pass of `loss` and a step of both networks, of a network that `prepare` has had first."""
     model, x = work.start()
+    prepare(model)
     optimizers = adams(model)
 
     def step() -> None:
@@ -179,4 +170,4 @@ def stepper_of(
         for optimizer in optimizers:
             optimizer.step()
 
-    return step, model
+    return step

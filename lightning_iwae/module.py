@@ -248,8 +248,12 @@ class IWModule(LightningModule):
     @property
     def _is_logged(self) -> bool:
         """Whether the step that this batch belongs to is one of every `trainer.log_every_n_steps`."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = self._logged_every
         return every > 0 and (self.global_step + 1) % every == 0
+
+    @property
+    def _logged_every(self) -> int:
+        return self.trainer.log_every_n_steps  # type: ignore[attr-defined]
 
     def _step(self, looked_at: bool) -> None:
         theta, phi = cast(list[LightningOptimizer], self.optimizers())
@@ -275,7 +279,7 @@ class IWModule(LightningModule):
                 cast(LRScheduler, scheduler).step()
 
     def _when(self) -> str:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = self._logged_every
         if self.device.type == "cpu" or every == 1:
             return ""
         return (

@@ -283,8 +283,6 @@ def _taken(network: Any, x: Tensor, size: int, method: Method, q: Distribution, 
     with forked(0, x.device), Peak() as peak:
         drawn = in_slices(network, x, size, method, q, y, 1.0, size)
         ones = torch.ones_like(drawn.log_w)
-        sums = {
-            p: torch.zeros_like(p) for side in ("generative", "inference") for p in trainable(getattr(network, side))
-        }
+        sums = {p: torch.zeros_like(p) for p in trainable(network)}
         _add(sums, drawn, 0, Weights(ones, ones if drawn.has_path else None, ones))
     return peak.bytes

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from ..mistakes import Mistake, did_you_mean, nearest, shown
 
+STORAGES = "sqlite:///FILE, journal://FILE or postgresql://USER@HOST/DATABASE"
 DESCRIPTION = """Choose settings by Optuna: every trial is a fit in a process and a run directory of its own.
 The same command started again goes on with the study; started elsewhere with the same --storage
 it is one worker more. At the end, and for a study that is over, it writes a report."""
@@ -46,8 +47,7 @@ def parser() -> Parser:
     p.add_argument(
         "--storage",
         metavar="URL",
-        help="sqlite:///FILE, journal://FILE or postgresql://USER@HOST/DATABASE (default: LIGHTNING_IWAE_STORAGE of "
-        "the environment, else sqlite below --out)",
+        help=f"{STORAGES} (default: LIGHTNING_IWAE_STORAGE of the environment, else sqlite below --out)",
     )
     p.add_argument("--out", metavar="DIR", type=Path, help="gets runs/ and the report (default: runs/STUDY)")
     p.add_argument("--study", metavar="NAME", help="in place of the one in the YAML")
@@ -81,7 +81,7 @@ def main(words: list[str]) -> None:
     if len(given.config) > 1:
         raise Mistake(f"sweep: -c takes one file, the sweep's YAML. Got {', '.join(given.config)}.")
     if given.storage == "":
-        raise Mistake("--storage must be sqlite:///FILE, journal://FILE or postgresql://USER@HOST/DATABASE. Got ''.")
+        raise Mistake(f"--storage must be {STORAGES}. Got ''.")
     try:
         import optuna  # noqa: F401
     except ImportError as error:

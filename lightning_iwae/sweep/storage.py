@@ -20,6 +20,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ..mistakes import Mistake
 from ..signals import Interrupted
+from . import STORAGES
 
 VARIABLE = "LIGHTNING_IWAE_STORAGE"  # the URL, where an argument would be seen by other users of the machine
 NEEDS = {"postgresql": ("psycopg2", "psycopg2-binary"), "mysql": ("pymysql", "pymysql")}
@@ -141,9 +142,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             driver, package = NEEDS.get(scheme.partition("+")[0], (str(error.name), str(error.name)))
             raise Mistake(f"storage: {scheme} needs {driver}: pip install {package}.") from error
         except (ArgumentError, ValueError):
-            raise Mistake(
-                f"storage must be sqlite:///FILE, journal://FILE or postgresql://USER@HOST/DATABASE. Got {shown(url)}."
-            ) from None
+            raise Mistake(f"storage must be {STORAGES}. Got {shown(url)}.") from None
     if backend == "sqlite":  # else two workers may both read that a trial is free, and both take it
         event.listen(made.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return made
