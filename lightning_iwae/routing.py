@@ -118,9 +118,6 @@ def descent(drawn: Draw, w: Weights) -> tuple[list[Tensor], list[tuple[Tensor, T
         path = None if w.c is None else _over(w.c, drawn.path)
     else:
         theta, path = (together if drawn.inside else separate)(drawn, w.a, w.c)
-        if path is not None and w.c is not None:
-            (of_log_q,) = grad(drawn.log_q.sum(), drawn.z_held, retain_graph=True, materialize_grads=True)
-            path = path - _over(w.c, of_log_q)
     if path is not None:
         through.append((drawn.z, path))
     return theta, through
@@ -195,17 +192,17 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(seed * g for g in ctx.gradients)
+        return None, None, *torch._foreach_mul(ctx.gradients, seed)
 
 
 def separate(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    """sum a * d log p / d theta for each parameter, and c * d log p / dz (S, B, ...): the reference.
+    """sum a * d log p / d theta for each parameter, and c * d log w / dz (S, B, ...): the reference.
 
     Without c, none of the latter.
     """
     with drawn.weighing.backward(drawn.theta, None):
         theta = grad(drawn.log_p, drawn.theta, a, retain_graph=True) if drawn.theta else ()
-    z = None if c is None else grad(drawn.log_p, drawn.z_held, c, retain_graph=True)[0]
+    z = None if c is None else grad((drawn.log_p, drawn.log_q), drawn.z_held, (c, -c), retain_graph=True)[0]
     return list(theta), z
 
 
@@ -221,9 +218,13 @@ def together(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Te
     if outside:
         with drawn.weighing.backward(outside, None):
             grads.update(zip(outside, grad(drawn.log_p, outside, a, retain_graph=True), strict=True))
-    wanted = inside if c is None else [*inside, drawn.z_held]
+    of_log_p = torch.ones_like(a)
     with drawn.weighing.backward(inside, a):
-        found = grad(drawn.log_p, wanted, torch.ones_like(a), retain_graph=True) if wanted else ()
+        if c is None:
+            found = grad(drawn.log_p, inside, of_log_p, retain_graph=True) if inside else ()
+        else:
+            outputs, seeds = (drawn.log_p, drawn.log_q), (of_log_p, -of_log_p)
+            found = grad(outputs, [*inside, drawn.z_held], seeds, retain_graph=True)
     grads.update(zip(inside, found, strict=False))
     return [grads[p] for p in drawn.theta], None if c is None else _over(c, found[-1])
 

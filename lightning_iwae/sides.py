@@ -61,13 +61,7 @@ class Side:
             raise ValueError(
                 f"{side}.particles must divide samples ({samples}): one of {divisors}. Got {self.particles}."
             )
-        for name, value in self.options.items():
-            CHECKS[name](value, f"{side}.{name}")
-        function = find(side, self.estimator, self.options)
-        try:
-            function(made_up(self.particles), **self.options)
-        except ValueError as error:
-            raise ValueError(f"{side}.particles: estimator {self.estimator!r} {error}") from error
+        _check_estimator(self, side)
 
     def check_kl_weight(self, side: str) -> None:
         """Raise ValueError unless this estimator holds for a KL weight below 1.
@@ -128,6 +122,17 @@ class Side:
 def made_up(particles: int) -> Tensor:
     """Log-weights (1, K, 1), by which an estimator shows what it needs."""
     return torch.linspace(-1.0, 0.0, particles, dtype=torch.float64).reshape(1, -1, 1)
+
+
+@lru_cache
+def _check_estimator(setting: Side, side: str) -> None:
+    for name, value in setting.options.items():
+        CHECKS[name](value, f"{side}.{name}")
+    function = find(side, setting.estimator, setting.options)
+    try:
+        function(made_up(setting.particles), **setting.options)
+    except ValueError as error:
+        raise ValueError(f"{side}.particles: estimator {setting.estimator!r} {error}") from error
 
 
 @lru_cache

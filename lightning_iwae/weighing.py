@@ -55,12 +55,12 @@ class Weighing(TorchFunctionMode):
         finally:
             self.wanted, self.a = set(), None
 
-    def weigh(self, rows: Tensor) -> Tensor:
-        """Sample-wise `rows`, each sample's part multiplied by its `a`."""
+    def factor(self, rows: Tensor) -> Tensor | None:
+        """What sample-wise `rows` are multiplied by: each sample's `a`, with as many axes; None for no weighing."""
         if self.a is None:
-            return rows
+            return None
         a = self.a if rows.shape[:2] == self.shape else self.a.flatten()
-        return rows * a.to(rows).reshape(a.shape + (1,) * (rows.ndim - a.ndim))
+        return a.to(rows).reshape(a.shape + (1,) * (rows.ndim - a.ndim))
 
     def _applies(self, func: Any, args: tuple, kwargs: dict) -> bool:
         if not (func is F.linear or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _transformed():
@@ -103,7 +103,7 @@ def _transformed() -> bool:
 
 
 def _unwanted(parameter: Tensor | None) -> Tensor | None:
-    """The gradient of a parameter that the pass does not ask for; costs nothing."""
+    """The gradient of a parameter that the pass does not ask for; costs next to nothing."""
     return None if parameter is None else parameter.new_zeros(()).expand_as(parameter)
 
 
@@ -123,11 +123,16 @@ class _Linear(torch.autograd.Function):
         h, weight, bias = ctx.saved_tensors
         rows = delta.flatten(0, -2)
         h_grad = (rows @ weight.to(delta.dtype)).view_as(h) if ctx.needs_input_grad[1] else None
-        weight_grad, bias_grad = _unwanted(weight), _unwanted(bias)
+        a = mode.factor(delta)
         if weight in mode.wanted:
-            weight_grad = rows.T @ mode.weigh(h.to(delta.dtype)).flatten(0, -2)
+            h = h.to(delta.dtype)
+            weight_grad = rows.T @ (h if a is None else h * a).flatten(0, -2)
+        else:
+            weight_grad = _unwanted(weight)
         if bias is not None and bias in mode.wanted:
-            bias_grad = mode.weigh(torch.ones_like(delta[..., :1])).flatten() @ rows
+            bias_grad = rows.sum(0) if a is None else a.expand(*delta.shape[:-1], 1).flatten() @ rows
+        else:
+            bias_grad = _unwanted(bias)
         return None, h_grad, weight_grad, bias_grad
 
 
@@ -152,7 +157,8 @@ class _Convolution(torch.autograd.Function):
         asked = [i for i, p in enumerate(ctx.parameters, 1) if p is not None and p in mode.wanted]
         if asked:
             inner = [ctx.inner[i] for i in asked]
-            found = torch.autograd.grad(ctx.out, inner, mode.weigh(delta), retain_graph=True)
+            a = mode.factor(delta)
+            found = torch.autograd.grad(ctx.out, inner, delta if a is None else delta * a, retain_graph=True)
             for i, g in zip(asked, found, strict=True):
                 grads[i] = g
         return None, None, None, *grads
