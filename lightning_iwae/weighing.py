@@ -124,16 +124,13 @@ class _Linear(torch.autograd.Function):
         rows = delta.flatten(0, -2)
         h_grad = (rows @ weight.to(delta.dtype)).view_as(h) if ctx.needs_input_grad[1] else None
         a = mode.factor(delta)
-        if weight in mode.wanted:
+        of_weight, of_bias = (_unwanted(p) if p not in mode.wanted else None for p in (weight, bias))
+        if of_weight is None:
             h = h.to(delta.dtype)
-            weight_grad = rows.T @ (h if a is None else h * a).flatten(0, -2)
-        else:
-            weight_grad = _unwanted(weight)
-        if bias is not None and bias in mode.wanted:
-            bias_grad = rows.sum(0) if a is None else a.expand(*delta.shape[:-1], 1).flatten() @ rows
-        else:
-            bias_grad = _unwanted(bias)
-        return None, h_grad, weight_grad, bias_grad
+            of_weight = rows.T @ (h if a is None else h * a).flatten(0, -2)
+        if bias is not None and of_bias is None:
+            of_bias = rows.sum(0) if a is None else a.expand(*delta.shape[:-1], 1).flatten() @ rows
+        return None, h_grad, of_weight, of_bias
 
 
 class _Convolution(torch.autograd.Function):

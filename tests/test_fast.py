@@ -121,6 +121,14 @@ def test_gradients_of_single_pixels_keep_their_digits_in_both_tails(kernel):
         torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("kernel", [eager, formula], ids=["eager", "formula"])
+@pytest.mark.parametrize("pixels", [61, 127, 192, 784])  # products of 61, 1, 64 and 56 factors, 2 each at a logit of 0
+def test_many_pixels_of_even_odds_do_not_overflow(kernel, pixels):
+    log_prob, _ = kernel(torch.zeros(S, B, pixels), torch.ones(B, pixels), False)
+    torch.testing.assert_close(log_prob.double(), torch.full((S, B), -pixels * math.log(2)).double(), rtol=1e-6, atol=0)
+    assert not (1 + torch.zeros(pixels).exp()).prod().isfinite() or pixels < 192  # one product of all would
+
+
 def test_logits_of_low_precision_are_summed_in_float32():
     torch.manual_seed(0)
     logits, x = (4 * torch.randn(S, B, 300)).bfloat16().requires_grad_(), torch.bernoulli(torch.rand(B, 300))

@@ -3,6 +3,7 @@
 Beside the matrix products this is where a step's time goes: a decoder puts out S * B * X logits.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -31,17 +32,25 @@ def eager(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | N
         u = e + 1
         delta = torch.addcmul(x, e, x - 1, out=e).div_(u) if gradient else None
         log_prob = torch.addcmul(u.log_(), logits, x, value=-1, out=u).sum(-1).neg_()
-        if log_prob.isfinite().all():
+        if math.isfinite(log_prob.sum()):
             return log_prob, delta
     log_prob = torch.addcmul(F.softplus(logits, threshold=40.0).neg_(), logits, x).sum(-1)
     return log_prob, x - torch.sigmoid(logits) if gradient else None
 
 
 def formula(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """The same in one expression that never overflows, for a compiler to make one loop of."""
+    """The same in one expression that never overflows, for a compiler to make one loop of.
+
+    log(1 + exp l) = max(l, 0) + log u with u = 1 + exp -|l| of at most 2: logarithms are taken of products of up to 64
+    of them, not of each.
+    """
     e = torch.exp(-logits.abs())
-    log_prob = (logits * x - logits.clamp(min=0) - torch.log1p(e)).sum(-1)
-    delta = torch.where(logits > 0, x * e - (1 - x), x - (1 - x) * e) / (1 + e) if gradient else None
+    u = 1 + e
+    X = logits.shape[-1]
+    of_each = next(n for n in range(64, 0, -1) if X % n == 0)
+    log_u = u.unflatten(-1, (X // of_each, of_each)).prod(-1).log().sum(-1)
+    log_prob = (logits * x - logits.clamp(min=0)).sum(-1) - log_u
+    delta = torch.where(logits > 0, x * e - (1 - x), x - (1 - x) * e) / u if gradient else None
     return log_prob, delta
 
 
@@ -86,8 +95,9 @@ class BernoulliPixels(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """sum x * logit + log(1 - p) over pixels, shape (...,). Nats."""
-        shape = torch.broadcast_shapes(self.logits.shape, value.shape)
-        return _LogProb.apply(self.logits.expand(shape), value, self.kernel)
+        logits, _ = torch.broadcast_tensors(self.logits, value)
+        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # no layers here for `weighing` to see
+            return _LogProb.apply(logits, value, self.kernel)
 
     @property
     def mean(self) -> Tensor:

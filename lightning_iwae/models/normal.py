@@ -18,7 +18,8 @@ class DiagonalNormal(Independent):
     def log_prob(self, value: Tensor) -> Tensor:
         """-|e|^2 / 2 - sum log scale - Z / 2 log 2 pi with e = (value - loc) / scale, shape (...,). Nats."""
         loc, scale = self.base_dist.loc, self.base_dist.scale
-        return _LogProb.apply(value, loc, scale)
+        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # no layers here for `weighing` to see
+            return _LogProb.apply(value, loc, scale)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "DiagonalNormal":
         """The same for a larger batch."""
