@@ -57,11 +57,12 @@ def importance_sample(
     distortion = rate.clone()
     log_sum = rate - math.inf
     log_sum_squares = rate - math.inf
-    decoded = max(1, cached(x.device) // max(1, x.numel()))  # at once
+    decoded = cached(x.device) / max(1, x.numel())  # at once, about
     for start in range(0, particles, chunk):
         z, _ = draw_posterior(q, min(chunk, particles - start))
         information = q.log_prob(z).double() - prior.log_prob(z)
-        log_likelihood = torch.cat([model.likelihood(part).log_prob(x).double() for part in z.split(decoded)])
+        parts = z.chunk(max(1, round(len(z) / decoded)))
+        log_likelihood = torch.cat([model.likelihood(part).log_prob(x).double() for part in parts])
         log_w = log_likelihood - information
         if watch is not None:
             watch(log_w)

@@ -29,7 +29,7 @@ def eager(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | N
     """
     if logits.device.type == "cpu":
         e = logits.exp()
-        u = e + 1
+        u = e + 1 if gradient else e.add_(1)
         delta = torch.addcmul(x, e, x - 1, out=e).div_(u) if gradient else None
         log_prob = torch.addcmul(u.log_(), logits, x, value=-1, out=u).sum(-1).neg_()
         if math.isfinite(log_prob.sum()):
