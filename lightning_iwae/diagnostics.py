@@ -58,11 +58,11 @@ class Running:
             self.direction = self.mean / self.mean.norm()
         if self.seen >= self.half:
             along = g @ self.direction
-            self.ratio += (along.abs() / (g - along * self.direction).norm()).item()
+            self.ratio += (along.abs() / torch.addcmul(g, along, self.direction, value=-1).norm()).item()
         self.seen += 1
         delta = g - self.mean
-        self.mean = self.mean + delta / self.seen
-        self.squares += delta * (g - self.mean)
+        self.mean.add_(delta, alpha=1 / self.seen)
+        self.squares.addcmul_(delta, delta, value=1 - 1 / self.seen)
 
     @property
     def std(self) -> Tensor:
@@ -93,7 +93,7 @@ def signal_to_noise(gradients: Callable[[], dict[str, Tensor]], n: int) -> dict[
     running: dict[str, Running] = {}
     for draw in range(1, n + 1):
         for name, g in gradients().items():
-            if bad := int((~g.isfinite()).sum()):
+            if not math.isfinite(g.sum()) and (bad := int((~g.isfinite()).sum())):
                 raise FloatingPointError(
                     f"the gradient of {name} is not finite in {bad} of {g.numel()} parameters, at draw {draw} of {n}."
                 )
