@@ -11,13 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_iwae.callbacks.gradient_snr import measure
 
@@ -26,7 +29,7 @@ from .timing import Step, timed
 from .ways import Work, adams, piwae_loss
 
 ROOT = Path(__file__).parents[1]
-FIT, LOOP, SNR = "fit", "bare loop", "SNR"
+FIT, LOOP, SNR, EMPTY = "fit", "bare loop", "SNR", "Lightning alone"
 
 
 class TakingTurns(Callback):
@@ -78,6 +81,42 @@ def bare_loop(model: Any, work: Work) -> Step:
     return step
 
 
+class Empty(LightningModule):
+    """Two numbers with an optimiser each, both of which every step steps, by hand as `IWModule` does; nothing else."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.numbers = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+        self.block, self.times = block, list[float]()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam([number], fused=True) for number in self.numbers]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.block == 0:
+            self.times.append(time.perf_counter())
+        self.manual_backward(torch.cat(list(self.numbers)).sum())
+        theta, phi = cast(list[LightningOptimizer], self.optimizers())
+        theta.step()
+        phi.optimizer.step()
+
+
+def lightning_alone(blocks: int, block: int) -> list[float]:
+    """Seconds a step of a fit of `Empty` on batches that lie ready, block by block; the first is warm-up."""
+    module = Empty(block)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(torch.zeros(block * (blocks + 1) + 1), batch_size=None))  # type: ignore[arg-type]
+    return [(b - a) / block for a, b in pairwise(module.times)][1:]
+
+
 def run(plan: Plan) -> dict:
     """Seconds a step of fit and loop, and of a measurement, block by block."""
     work, steps = Work(min(plan.batches), plan.samples), (1 + plan.blocks) * plan.block
@@ -105,4 +144,5 @@ def run(plan: Plan) -> dict:
         if done.returncode:
             raise RuntimeError(f"fit ended with status {done.returncode}:\n{done.stderr[-2000:]}")
         times = json.loads(Path(out).read_text())
+    times[EMPTY] = lightning_alone(plan.blocks, plan.block)
     return {"batch": work.batch, "samples": work.samples, "block": plan.block, "draws": plan.draws, "times": times}

@@ -3,6 +3,7 @@
 Every round estimates log p(x) of the same images anew, so that the rounds give each way's standard error too.
 """
 
+import copy
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.models import MLP
+from lightning_iwae.models.likelihoods import compile_likelihoods
 
 from . import peers, ways
 from .plan import Plan
@@ -19,6 +21,7 @@ from .products import Limit, of_decoding
 from .timing import Step, made, measure
 
 OURS = "importance_sample"
+COMPILED = "importance_sample, compiled"
 PYTHAE = "pythae get_nll"
 PYTHAE_WHOLE = "pythae get_nll, one batch"
 EACH = "matrix products alone"
@@ -33,6 +36,7 @@ def run(plan: Plan) -> dict:
     steps, skipped = made(
         {
             OURS: partial(ours, model, x, K, values.setdefault(OURS, [])),
+            COMPILED: partial(compiled, model, x, K, values.setdefault(COMPILED, [])),
             PYTHAE: partial(pythae, model, x, K, 100, values.setdefault(PYTHAE, [])),
             PYTHAE_WHOLE: partial(pythae, model, x, K, K, values.setdefault(PYTHAE_WHOLE, [])),
         }
@@ -55,6 +59,15 @@ def run(plan: Plan) -> dict:
 def ours(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
     """As `test` does it."""
     return lambda: values.append(importance_sample(model, x, particles).log_px.mean().item())
+
+
+def compiled(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
+    """The same with `compile: true`."""
+    own = copy.deepcopy(model)
+    with ways.told_if_not_compiled():
+        compile_likelihoods(own)
+        importance_sample(own, x, 64)
+    return ours(own, x, particles, values)
 
 
 def pythae(model: MLP, x: Tensor, particles: int, batch_size: int, values: list[float]) -> Step:

@@ -94,12 +94,13 @@ def machine(results: Results) -> list[tuple[str, str]]:
 
 
 def verdict(target: Any, results: Results) -> tuple[str, ...]:
-    """Text, bound, what was found, and whether it is met."""
+    """Text, bound, what was found, whether it is met, and what is possible."""
     bound = f"{'≥' if target.at_least else '≤'} {target.wanted}"
-    values = target.found(results)
+    values, best = target.found(results), target.possible(results)
+    possible = "" if best is None else number(best.median)
     if values is None:
-        return target.text, bound, "", "not measured"
-    return target.text, bound, with_quartiles(values), "met" if target.met(values) else "**not met**"
+        return target.text, bound, "", "not measured", possible
+    return target.text, bound, with_quartiles(values), "met" if target.met(values) else "**not met**", possible
 
 
 def against(times: dict, skipped: dict, reference: str) -> list[tuple[str, str, str]]:
@@ -158,9 +159,10 @@ def of_fit(section: dict) -> dict:
     names = {
         fit.LOOP: "a step of the bare loop",
         fit.FIT: "a step of fit",
+        fit.EMPTY: "a step of Lightning's that does nothing",
         fit.SNR: f"a measurement of the SNR by {section['draws']} draws",
     }
-    rows = against({names[name]: section["times"][name] for name in names}, {}, names[fit.LOOP])
+    rows = against({names[name]: own for name, own in section["times"].items()}, {}, names[fit.LOOP])
     return section | {"rows": rows}
 
 

@@ -34,7 +34,8 @@ def bars(points: list[dict]) -> bytes:
     for i, (name, seconds) in enumerate(times):
         low, median, high = spread([1e3 * value for value in seconds])
         ours = name.startswith(ways.OURS) and name != ways.TWO_GRADS_OURS
-        colour = figures.COLOURS[0] if ours else "0.8" if "products" in name else figures.COLOURS[5]
+        limit = name.startswith((ways.BY_HAND, step.EACH, step.BEST))
+        colour = figures.COLOURS[0] if ours else "0.8" if limit else figures.COLOURS[5]
         axis.barh(i, median, color=colour, xerr=[[median - low], [high - median]], error_kw={"lw": 1, "capsize": 2})
         axis.text(high, i, f"  {median:.0f}", va="center", fontsize=9)
     axis.set_yticks(range(len(times)), [name for name, _ in times])

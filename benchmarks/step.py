@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from . import peers, ways
+from . import by_hand, peers, ways
 from .machine import physical_memory
 from .plan import Plan
 from .products import Limit, of_step
@@ -23,6 +23,8 @@ MAKERS: dict[str, Callable[[Work], Step]] = {
     ways.BF16: ways.piwae_bf16,
     ways.BF16_COMPILED: partial(ways.piwae_compiled, precision=ways.bf16),
     ways.CHUNKED: ways.piwae_chunked,
+    ways.BY_HAND: by_hand.by_hand,
+    ways.BY_HAND_COMPILED: by_hand.by_hand_compiled,
     ways.STOCK_IWAE: ways.stock_iwae,
     ways.TWO_GRADS: ways.two_grads,
     ways.TWO_GRADS_OURS: partial(ways.two_grads, own_log_prob=True),

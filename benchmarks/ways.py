@@ -5,8 +5,8 @@ All start from the same weights and data and take a step of Adam on both network
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ BF16 = "PIWAE, bf16-mixed"
 COMPILED = "PIWAE, compiled"
 BF16_COMPILED = "PIWAE, bf16-mixed, compiled"
 CHUNKED = f"PIWAE, chunks of {CHUNK}"
+BY_HAND = "by hand"
+BY_HAND_COMPILED = "by hand, compiled"
 STOCK_IWAE = "stock IWAE"
 TWO_GRADS = "stock PIWAE, two grads"
 TWO_GRADS_OURS = "PIWAE, two grads, our log_prob"
@@ -83,12 +85,19 @@ def piwae_chunked(work: Work) -> Step:
 def piwae_compiled(work: Work, precision: Precision = nullcontext) -> Step:
     """With `compile: true`: its likelihood's loop by torch.compile."""
     step = stepper(work, piwae_loss, precision, prepare=compile_likelihoods)
+    with told_if_not_compiled():
+        step()
+    return step
+
+
+@contextmanager
+def told_if_not_compiled() -> Iterator[None]:
+    """Around the first call of what compiles: Unavailable where it can't, and would go on without."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        step()
+        yield
     if failed := [str(w.message) for w in told if "model.compile" in str(w.message)]:
         raise Unavailable(failed[0])
-    return step
 
 
 # ------------------------------------------------------------------------------------------------ by hand

@@ -1,0 +1,93 @@
+"""PIWAE's step written out: the same operations, with no autograd, no distributions and nothing checked.
+
+What a library could at best come to whose operations are torch's. Gradients are those of the package.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_iwae.models import MLP
+from lightning_iwae.models.bernoulli import Compiled, Kernel, eager
+
+from .timing import Step
+from .ways import Work, adams, told_if_not_compiled
+
+Layers = Sequence[tuple[Tensor, Tensor]]  # weight and bias of each, tanh between them
+
+
+def by_hand(work: Work, kernel: Kernel = eager) -> Step:
+    """With the package's likelihood kernel."""
+    model, x = work.start()
+    optimizers = adams(model)
+    parameters = [*model.generative.parameters(), *model.inference.parameters()]
+
+    def step() -> None:
+        eps = torch.randn(work.samples, work.batch, 50)
+        for p, g in zip(parameters, gradients(model, x, eps, work, kernel), strict=True):
+            p.grad = g
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+def by_hand_compiled(work: Work) -> Step:
+    """With its compiled one."""
+    step = by_hand(work, Compiled())
+    with told_if_not_compiled():
+        step()
+    return step
+
+
+@torch.no_grad()
+def gradients(model: MLP, x: Tensor, eps: Tensor, work: Work, kernel: Kernel) -> list[Tensor]:
+    """Of minus each side's bound, theta's first, for noise (S, B, Z).
+
+    With z = mean + scale eps, log q(z | x) = -|eps|^2 / 2 - sum log scale + const. has no other gradient than that of
+    the scale.
+    """
+    encoder, decoder = layers_of(model.inference), layers_of(model.generative)
+    encoded, output = forward(encoder, x)
+    mean, log_scale = output.chunk(2, -1)
+    scale = log_scale.exp()
+    z = torch.addcmul(mean, eps, scale)
+    decoded, logits = forward(decoder, z.flatten(0, 1))
+    log_likelihood, delta = kernel(logits.unflatten(0, z.shape[:2]), x, True)
+    assert delta is not None
+    log_w = log_likelihood + (eps.square().sum(-1) - z.square().sum(-1)) / 2 + log_scale.sum(-1)
+    a = log_w.softmax(0) / -work.batch
+    groups = log_w.unflatten(0, (-1, work.phi))
+    c = (groups.softmax(1) / (-work.batch * len(groups))).view(*log_w.shape, 1)
+
+    theta, of_z = backward(decoder, decoded, delta.flatten(0, 1), a.view(-1, 1))
+    path = (of_z.view_as(z) - z) * c
+    of_output = torch.cat([path.sum(0), (path * eps).sum(0) * scale + c.sum(0)], -1)
+    phi, _ = backward(encoder, encoded, of_output, None)
+    return [*theta, *phi]
+
+
+def forward(layers: Layers, h: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Each layer's input, and what the last one gives."""
+    inputs = [h]
+    for weight, bias in layers[:-1]:
+        inputs.append(torch.addmm(bias, inputs[-1], weight.T).tanh_())
+    weight, bias = layers[-1]
+    return inputs, torch.addmm(bias, inputs[-1], weight.T)
+
+
+def backward(layers: Layers, inputs: list[Tensor], delta: Tensor, a: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """Gradients of weights and biases, rows weighed by a; and that of the first input, by rows, if there is an `a`."""
+    found: list[Tensor] = []
+    for (weight, _), h in zip(reversed(layers), reversed(inputs), strict=True):
+        of_bias = delta.sum(0) if a is None else a.flatten() @ delta
+        found = [delta.T @ (h if a is None else h * a), of_bias, *found]
+        if h is not inputs[0]:
+            delta = torch.ops.aten.tanh_backward(delta @ weight, h)
+    return found, delta if a is None else delta @ layers[0][0]
+
+
+def layers_of(network: nn.Module) -> Layers:
+    """Its linear layers."""
+    return [(layer.weight, layer.bias) for layer in network.modules() if isinstance(layer, nn.Linear)]
