@@ -1,8 +1,9 @@
-"""PIWAE's step written out: the same operations, with no autograd, no distributions and nothing checked.
+"""PIWAE's step and log p(x) written out: the same operations, with no autograd, no distributions, nothing checked.
 
 What a library could at best come to whose operations are torch's. Gradients are those of the package.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,6 +67,24 @@ def gradients(model: MLP, x: Tensor, eps: Tensor, work: Work, kernel: Kernel) ->
     of_output = torch.cat([path.sum(0), (path * eps).sum(0) * scale + c.sum(0)], -1)
     phi, _ = backward(encoder, encoded, of_output, None)
     return [*theta, *phi]
+
+
+@torch.no_grad()
+def log_px(model: MLP, x: Tensor, particles: int, held: int, slices: int) -> Tensor:
+    """log (1/K) sum w of each datum, (B,), in float64; `held` particles drawn at once, decoded in so many slices."""
+    decoder = layers_of(model.generative)
+    mean, log_scale = forward(layers_of(model.inference), x)[1].chunk(2, -1)
+    scale, found = log_scale.exp(), []
+    for start in range(0, particles, held):
+        eps = torch.randn(min(held, particles - start), *mean.shape)
+        z = torch.addcmul(mean, eps, scale)
+        parts = [
+            eager(forward(decoder, part.flatten(0, 1))[1].unflatten(0, part.shape[:2]), x, False)[0]
+            for part in z.chunk(slices)
+        ]
+        of_z = (torch.linalg.vector_norm(eps, dim=-1) ** 2 - torch.linalg.vector_norm(z, dim=-1) ** 2) / 2
+        found.append(((torch.cat(parts) + of_z).double() + log_scale.sum(-1)).logsumexp(0))
+    return torch.stack(found).logsumexp(0) - math.log(particles)
 
 
 def forward(layers: Layers, h: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from lightning_iwae.evaluation import importance_sample
+from lightning_iwae.evaluation import cached, importance_sample
 from lightning_iwae.models import MLP
 from lightning_iwae.models.likelihoods import compile_likelihoods
 
 from . import peers, ways
+from .by_hand import log_px
 from .plan import Plan
 from .products import Limit, of_decoding
 from .timing import Step, made, measure
 
 OURS = "importance_sample"
 COMPILED = "importance_sample, compiled"
+BY_HAND = "by hand"
 PYTHAE = "pythae get_nll"
 PYTHAE_WHOLE = "pythae get_nll, one batch"
 EACH = "matrix products alone"
@@ -37,11 +39,12 @@ def run(plan: Plan) -> dict:
         {
             OURS: partial(ours, model, x, K, values.setdefault(OURS, [])),
             COMPILED: partial(compiled, model, x, K, values.setdefault(COMPILED, [])),
+            BY_HAND: partial(by_hand, model, x, K, values.setdefault(BY_HAND, [])),
             PYTHAE: partial(pythae, model, x, K, 100, values.setdefault(PYTHAE, [])),
             PYTHAE_WHOLE: partial(pythae, model, x, K, K, values.setdefault(PYTHAE_WHOLE, [])),
         }
     )
-    held = max(1, 2**22 // x.numel())  # as many particles as importance_sample draws at once
+    held = particles_held(x)
     limit = Limit(of_decoding(held * len(x)))
     times = measure(steps | {EACH: limit.each, BEST: limit.best}, plan.seconds, plan.rounds)
     times[EACH] = [K / held * seconds for seconds in times[EACH]]
@@ -59,6 +62,18 @@ def run(plan: Plan) -> dict:
 def ours(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
     """As `test` does it."""
     return lambda: values.append(importance_sample(model, x, particles).log_px.mean().item())
+
+
+def by_hand(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
+    """In the slices that importance_sample takes."""
+    held = particles_held(x)
+    slices = max(1, round(held * x.numel() / cached(x.device)))
+    return lambda: values.append(log_px(model, x, particles, held, slices).mean().item())
+
+
+def particles_held(x: Tensor) -> int:
+    """As many as importance_sample draws at once."""
+    return max(1, 2**22 // x.numel())
 
 
 def compiled(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:

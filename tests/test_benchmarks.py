@@ -161,6 +161,16 @@ def test_pythae_estimates_the_same_log_px():
     assert abs(theirs - found.log_px.mean()) < 4 * error
 
 
+def test_log_px_by_hand_is_ours(monkeypatch):
+    model, x = WORK.start()
+    model, x = model.double(), x.double()
+    z = torch.randn(64, WORK.batch, 50, dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn", lambda n, *_: z[:n] if n == 40 else z[40 : 40 + n])
+    found = by_hand.log_px(model, x, 64, 40, 3)
+    monkeypatch.setattr("torch.distributions.normal._standard_normal", lambda *_, **__: z)
+    torch.testing.assert_close(found, importance_sample(model, x, 64, chunk=64).log_px, rtol=1e-12, atol=0)
+
+
 def test_products_are_those_of_the_network():
     of_step = products.of_step(Work(128, 64))
     decoder = sum(p.flop for p in of_step if p.name.startswith("decoder"))
@@ -242,7 +252,12 @@ def made_up():
             "images": 2,
             "particles": 5000,
             "flop": 1e9,
-            "times": {log_px.OURS: [1, 1, 1], log_px.PYTHAE: [6, 5, 7], log_px.BEST: [0.8, 0.8, 0.8]},
+            "times": {
+                log_px.OURS: [1, 1, 1],
+                log_px.PYTHAE: [6, 5, 7],
+                log_px.BEST: [0.8, 0.8, 0.8],
+                log_px.EACH: [1, 1, 1],
+            },
             "values": values,
             "skipped": {},
         },
@@ -299,3 +314,24 @@ def test_pictures_are_drawn_of_all_results():
 def test_docs_are_what_was_measured():
     results = json.loads((ROOT / "docs/performance.json").read_text())
     assert (ROOT / "docs/performance.md").read_text() == page.render(results)
+
+
+def test_the_readme_gives_what_was_measured():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    results = json.loads((ROOT / "docs/performance.json").read_text())
+    point = next(p for p in results["step"]["found"] if p["batch"] == 128)
+
+    def ratio(above, below=ways.OURS, times=point["times"]):
+        return page.with_quartiles(spread(ratios(times[above], times[below])))
+
+    def median(*of):
+        return ratio(*of).split()[0]
+
+    assert f"costs here {ratio(ways.OURS, ways.STOCK_IWAE)} of a stock PyTorch IWAE step" in text
+    assert f"pythae takes {median(ways.PYTHAE)} times as long, JAX {median(ways.JAX)};" in text
+    assert f"takes pythae {median(log_px.PYTHAE, log_px.OURS, results['log_px']['found']['times'])} times" in text
+    assert f"take {median(ways.BY_HAND)} of the time" in text
+    shown = {"pythae": ways.PYTHAE, "JAX": ways.JAX, "autograd.grad": ways.TWO_GRADS, "stock IWAE": ways.STOCK_IWAE}
+    shown |= {"PIWAE here": ways.OURS, "without autograd": ways.BY_HAND, "products alone": step.EACH}
+    for name, way in shown.items():
+        assert f"{name} {page.ms(point['times'][way]).split('.')[0]} ms" in text, name
