@@ -57,11 +57,11 @@ def importance_sample(
     distortion = rate.clone()
     log_sum = rate - math.inf
     log_sum_squares = rate - math.inf
-    decoded = cached(x.device) / max(1, x.numel())  # at once, about
+    decoded = cached(x.device) / max(1, x.numel())  # at once
     for start in range(0, particles, chunk):
         z, _ = draw_posterior(q, min(chunk, particles - start))
         information = q.log_prob(z).double() - prior.log_prob(z)
-        parts = z.chunk(max(1, round(len(z) / decoded)))
+        parts = z.tensor_split(min(len(z), math.ceil(len(z) / decoded)))
         log_likelihood = torch.cat([model.likelihood(part).log_prob(x).double() for part in parts])
         log_w = log_likelihood - information
         if watch is not None:

@@ -7,29 +7,29 @@ channels of `estimators` lie apart: path (through z), score (through log q at fi
 fixed z). `loss` weighs each and hands autograd one scalar, which DDP, gradient accumulation and the like treat as
 they treat any other.
 
-theta needs weights of its own in the pass that also carries d log p / dz. `separate` is the plain way, right for
-every decoder: two passes back through it, one for theta and one for z. `together` is one pass for both, seeded with
-ones, in which theta's weights act inside the layers (see `weighing`); it costs what a plain IWAE step costs. `draw`
-proves it equal to `separate` on the first batch of every shape, again on the 2nd, 4th, 8th and so on, and does
+theta needs weights of its own in the pass that also carries d log w / dz. `separate` is the plain way, right for
+every decoder: two passes back through it, one for theta and one for z. `together` is one pass for both, in which no
+sample is weighed and theta's weights act inside the layers (see `weighing`); it costs what a plain IWAE step costs.
+`draw` proves it equal to `separate` on the first batch of every shape, again on the 2nd, 4th, 8th and so on, and does
 without it where it is not.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
-from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from . import bounds
-from .models.base import check_model, draw_posterior
+from .models.base import check_model, draw_posterior, no_second_derivative
 from .models.labels import given
 from .sides import Side, without_path
 from .weighing import Weighing, leaves, weighed
@@ -91,7 +91,10 @@ def weights(log_w: Tensor, theta: Side, phi: Side) -> Weights:
     c, s = phi.phi(log_w)
     of_prior = theta.prior(log_w) if theta.of_prior else ()
     channels = Weights(theta.theta(log_w), c if phi.needs_path else None, s, *of_prior)
-    return channels.each(lambda w: w * (-1 / log_w.shape[1]))
+    nothing = (
+        1e8 * torch.finfo(log_w.dtype).tiny
+    )  # below that, products are subnormal, which takes a CPU many times as long
+    return channels.each(lambda w: F.hardshrink(w * (-1 / log_w.shape[1]), nothing))
 
 
 def loss(drawn: Draw, theta: Side, phi: Side) -> Tensor:
@@ -190,7 +193,7 @@ class _Loss(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *torch._foreach_mul(ctx.gradients, seed)
 
@@ -202,8 +205,8 @@ def separate(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Te
     """
     with drawn.weighing.backward(drawn.theta, None):
         theta = grad(drawn.log_p, drawn.theta, a, retain_graph=True) if drawn.theta else ()
-    z = None if c is None else grad((drawn.log_p, drawn.log_q), drawn.z_held, (c, -c), retain_graph=True)[0]
-    return list(theta), z
+    path = None if c is None else _of_log_w(drawn, [drawn.z_held], c)[0]
+    return list(theta), path
 
 
 def together(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
@@ -218,15 +221,20 @@ def together(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Te
     if outside:
         with drawn.weighing.backward(outside, None):
             grads.update(zip(outside, grad(drawn.log_p, outside, a, retain_graph=True), strict=True))
-    of_log_p = torch.ones_like(a)
+    wanted = inside if c is None else [*inside, drawn.z_held]
     with drawn.weighing.backward(inside, a):
-        if c is None:
-            found = grad(drawn.log_p, inside, of_log_p, retain_graph=True) if inside else ()
-        else:
-            outputs, seeds = (drawn.log_p, drawn.log_q), (of_log_p, -of_log_p)
-            found = grad(outputs, [*inside, drawn.z_held], seeds, retain_graph=True)
+        found = _of_log_w(drawn, wanted, torch.ones_like(a)) if wanted else ()
     grads.update(zip(inside, found, strict=False))
     return [grads[p] for p in drawn.theta], None if c is None else _over(c, found[-1])
+
+
+def _of_log_w(drawn: Draw, wanted: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of sum seed * log w for theta and z_held; theta has none through log q."""
+    outputs, seeds = [drawn.log_p], [seed]
+    if drawn.log_q.requires_grad and drawn.z_held.requires_grad:  # else a constant
+        outputs.append(drawn.log_q)
+        seeds.append(-seed)
+    return grad(outputs, wanted, seeds, retain_graph=True)
 
 
 def through_prior(drawn: Draw, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
@@ -403,8 +411,9 @@ def _prove(drawn: Draw, generative: nn.Module, proof: _Proof) -> None:
     exponents = torch.randint(-3, 1, (2, *drawn.log_p.shape), generator=source)
     signs = 2 * torch.randint(2, exponents.shape, generator=source) - 1
     a, c = (signs * 2.0**exponents).to(drawn.log_p)
-    theta, z = separate(drawn, a, c if drawn.z_held.requires_grad else None)
-    theta_together, z_together = together(drawn, a, None if z is None else c)
+    alone = replace(drawn, log_q=drawn.log_q.detach())  # d log q / dz may be large enough to hide a difference
+    theta, z = separate(alone, a, c if drawn.z_held.requires_grad else None)
+    theta_together, z_together = together(alone, a, None if z is None else c)
     if z is not None and z_together is not None and _differ(z, z_together):
         raise ValueError(
             "log p(x, z) of one sample depends on other samples (as under a normalisation over the batch): then "

@@ -1,6 +1,7 @@
 """How one network is trained: the estimator of a side, its options and its particles, as configs give them."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -61,7 +62,13 @@ class Side:
             raise ValueError(
                 f"{side}.particles must divide samples ({samples}): one of {divisors}. Got {self.particles}."
             )
-        _check_estimator(self, side)
+        for name, value in self.options.items():
+            CHECKS[name](value, f"{side}.{name}")
+        function = find(side, self.estimator, self.options)
+        try:
+            _try(function, self.particles, **self.options)
+        except ValueError as error:
+            raise ValueError(f"{side}.particles: estimator {self.estimator!r} {error}") from error
 
     def check_kl_weight(self, side: str) -> None:
         """Raise ValueError unless this estimator holds for a KL weight below 1.
@@ -124,15 +131,10 @@ def made_up(particles: int) -> Tensor:
     return torch.linspace(-1.0, 0.0, particles, dtype=torch.float64).reshape(1, -1, 1)
 
 
-@lru_cache
-def _check_estimator(setting: Side, side: str) -> None:
-    for name, value in setting.options.items():
-        CHECKS[name](value, f"{side}.{name}")
-    function = find(side, setting.estimator, setting.options)
-    try:
-        function(made_up(setting.particles), **setting.options)
-    except ValueError as error:
-        raise ValueError(f"{side}.particles: estimator {setting.estimator!r} {error}") from error
+@lru_cache(typed=True)
+def _try(function: Callable[..., Any], particles: int, **options: Any) -> None:
+    """Once for each function and setting: it costs a small step some per cent."""
+    function(made_up(particles), **options)
 
 
 @lru_cache

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from .models.base import no_second_derivative
 
 CONVOLUTIONS: tuple[Callable, ...] = (
     F.conv1d,
@@ -117,20 +118,25 @@ class _Linear(torch.autograd.Function):
         return F.linear(h, weight, bias).detach()  # no view, so that an activation may act in place
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         mode: Weighing = ctx.mode
         h, weight, bias = ctx.saved_tensors
         rows = delta.flatten(0, -2)
         h_grad = (rows @ weight.to(delta.dtype)).view_as(h) if ctx.needs_input_grad[1] else None
         a = mode.factor(delta)
-        of_weight, of_bias = (_unwanted(p) if p not in mode.wanted else None for p in (weight, bias))
-        if of_weight is None:
+        weight_grad: Tensor | None
+        bias_grad: Tensor | None
+        if weight in mode.wanted:
             h = h.to(delta.dtype)
-            of_weight = rows.T @ (h if a is None else h * a).flatten(0, -2)
-        if bias is not None and of_bias is None:
-            of_bias = rows.sum(0) if a is None else a.expand(*delta.shape[:-1], 1).flatten() @ rows
-        return None, h_grad, of_weight, of_bias
+            weight_grad = rows.T @ (h if a is None else h * a).flatten(0, -2)
+        else:
+            weight_grad = _unwanted(weight)
+        if bias is not None and bias in mode.wanted:
+            bias_grad = rows.sum(0) if a is None else a.expand(*delta.shape[:-1], 1).flatten() @ rows
+        else:
+            bias_grad = _unwanted(bias)
+        return None, h_grad, weight_grad, bias_grad
 
 
 class _Convolution(torch.autograd.Function):
@@ -145,7 +151,7 @@ class _Convolution(torch.autograd.Function):
         return ctx.out.detach()
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         mode: Weighing = ctx.mode
         grads = [None, *map(_unwanted, ctx.parameters)]

@@ -1086,6 +1086,50 @@ def test_another_size_of_batch_is_proven_anew():
     check(model, model.batch(B + 1), S, MIXED)
 
 
+@both_methods
+def test_a_posterior_whose_density_is_a_constant(method):
+    """Uniform on a cube that nothing moves: log q has no graph, and d log q / dz is 0."""
+
+    class Cube(Toy):
+        def posterior(self, x):
+            corner = torch.zeros(len(x), Z)
+            return Independent(Uniform(corner, corner + 1, validate_args=False), 1)
+
+    model = Cube(mlp())
+    model.inference.requires_grad_(False)
+    x = model.batch()
+    for phi in ("wake", "iwae"):
+        torch.manual_seed(1)
+        iw_loss(model, x, samples=S, theta=Side("iwae", S), phi=Side(phi, 2), method=method).backward()
+        found = [p.grad.clone() for p in model.generative.parameters()]
+        model.zero_grad()
+        torch.manual_seed(1)
+        z = model.posterior(x).rsample((S,))
+        log_w = model.prior().log_prob(z) + model.likelihood(z).log_prob(x)
+        expected = torch.autograd.grad(-log_w.logsumexp(0).mean(), list(model.generative.parameters()))
+        for ours_, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours_, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_second_derivatives_through_a_loss_are_refused():
+    model = Toy(mlp())
+    loss = iw_loss(model, model.batch(), samples=S, theta=Side("iwae", S), phi=Side("iwae", 2))
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+def test_weights_that_vanish_are_zeros_and_not_subnormal():
+    """Products with subnormal numbers take a CPU many times as long; what is dropped is below any rounding."""
+    log_w = torch.linspace(0, -1000, 64, dtype=torch.float32)[:, None].expand(64, 3)
+    found = routing.weights(log_w, Side("iwae", 64), Side("iwae", 8))
+    exact = routing.weights(log_w.double(), Side("iwae", 64), Side("iwae", 8))
+    for ours, theirs in zip((found.a, found.c, found.s), (exact.a, exact.c, exact.s), strict=True):
+        size = ours.abs()
+        assert ((size == 0) | (size > 1e-30)).all() and (size == 0).any()
+        assert (ours.double() - theirs).abs().max() < 1e-7
+        assert ((theirs != 0) & (theirs.abs() < 1e-40)).any()  # as subnormal numbers in float32
+
+
 # --- refusals -------------------------------------------------------------------------------------------------
 
 
@@ -1110,6 +1154,15 @@ def test_normalising_over_the_batch_in_any_other_way(make, autocast, method):
     torch.set_default_dtype(torch.float32 if autocast else torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         refused(Toy(make()), "depends on other samples.*no bound", method=method)
+
+
+@both_methods
+def test_normalising_over_the_batch_under_a_posterior_so_narrow_that_its_own_gradient_is_huge(method):
+    class Narrow(Toy):
+        def posterior(self, x):
+            return Independent(Normal(self.inference(x)[:, :Z], 1e-10), 1)
+
+    refused(Narrow(HomeMadeNorm()), "depends on other samples.*no bound", method=method)
 
 
 def test_a_decoder_that_is_switched_to_training_mode_is_looked_at_again():

@@ -61,6 +61,24 @@ def test_an_option_that_can_t_be_is_named_by_its_key(side, message):
         side.check("model.phi", 8)
 
 
+def test_what_was_checked_once_does_not_pass_for_what_only_equals_it(tmp_path, monkeypatch):
+    Side("tvo", 2, partition=1).check("phi", 4)
+    with pytest.raises(ValueError, match=r"phi\.partition"):
+        Side("tvo", 2, partition=1.0).check("phi", 4)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rewritten.py").write_text("def mine(log_w):\n    return log_w, log_w\n")
+    side = Side("rewritten.mine", 2)
+    side.check("phi", 4)
+    import rewritten
+
+    def mine(log_w):
+        raise ValueError("needs more particles")
+
+    monkeypatch.setattr(rewritten, "mine", mine)
+    with pytest.raises(ValueError, match="needs more particles"):
+        side.check("phi", 4)
+
+
 def test_a_partition_given_as_a_list_makes_the_same_side_as_a_tuple():
     listed = Side("tvo", 4, partition=[0.0, 0.5, 1.0])
     assert listed == Side("tvo", 4, partition=(0.0, 0.5, 1.0)) and hash(listed) is not None

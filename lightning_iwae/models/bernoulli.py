@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, constraints
 
-from .base import full_precision
+from .base import full_precision, no_second_derivative
 
 Kernel = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
@@ -127,7 +126,7 @@ class _LogProb(torch.autograd.Function):
         return log_prob
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         delta, logits = ctx.saved_tensors
         of_x = None if logits is None else (seed.unsqueeze(-1) * logits).sum_to_size(ctx.x_shape)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Independent, Normal
 
 
@@ -18,6 +17,11 @@ class DiagonalNormal(Independent):
     def log_prob(self, value: Tensor) -> Tensor:
         """-|e|^2 / 2 - sum log scale - Z / 2 log 2 pi with e = (value - loc) / scale, shape (...,). Nats."""
         loc, scale = self.base_dist.loc, self.base_dist.scale
+        if loc.shape[-1] != value.shape[-1]:
+            loc, scale = (t.expand(*t.shape[:-1], value.shape[-1]) for t in (loc, scale))
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func takes its own derivatives
+            e = (value - loc) / scale
+            return -0.5 * e.square().sum(-1) - _log_normaliser(scale)
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # no layers here for `weighing` to see
             return _LogProb.apply(value, loc, scale)
 
@@ -34,22 +38,26 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         inverse = 1 / scale
         e = (value - loc).mul_(inverse)
-        ctx.save_for_backward(e, inverse)
-        ctx.shapes = value.shape, loc.shape
-        norm = torch.linalg.vector_norm(e, dim=-1)
-        return norm.square_().mul_(-0.5).sub_(scale.log().sum(-1) + 0.5 * math.log(2 * math.pi) * e.shape[-1])
+        ctx.save_for_backward(value, loc, scale, inverse, e)
+        return torch.linalg.vector_norm(e, dim=-1).square_().mul_(-0.5).sub_(_log_normaliser(scale))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
-        e, inverse = ctx.saved_tensors
+        value, loc, scale, inverse, e = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this one is wanted
+            inverse = 1 / scale
+            e = (value - loc) * inverse
         of_value, of_loc, of_scale = ctx.needs_input_grad
-        value, parameters = ctx.shapes
         seed = seed.unsqueeze(-1)
         g = e * seed
-        ones = seed.sum_to_size(*parameters[:-1], 1) if of_scale else None
+        ones = seed.sum_to_size(*scale.shape[:-1], 1) if of_scale else None
         return (
-            (g * -inverse).sum_to_size(value) if of_value else None,
-            g.sum_to_size(parameters) * inverse if of_loc else None,
-            ((g * e).sum_to_size(parameters) - ones) * inverse if of_scale else None,
+            (g * -inverse).sum_to_size(value.shape) if of_value else None,
+            g.sum_to_size(loc.shape) * inverse if of_loc else None,
+            ((g * e).sum_to_size(scale.shape) - ones) * inverse if of_scale else None,
         )
+
+
+def _log_normaliser(scale: Tensor) -> Tensor:
+    """sum log scale + Z / 2 log 2 pi."""
+    return scale.log().sum(-1) + 0.5 * math.log(2 * math.pi) * scale.shape[-1]
