@@ -1,6 +1,6 @@
 """PIWAE's step and log p(x) written out: the same operations, with no autograd, no distributions, nothing checked.
 
-What a library could at best come to whose operations are torch's. Gradients are those of the package.
+How little may lie between torch's operations: a plain rewriting, no lower bound. Gradients are those of the package.
 """
 
 import math
@@ -80,7 +80,7 @@ def log_px(model: MLP, x: Tensor, particles: int, held: int, slices: int) -> Ten
         z = torch.addcmul(mean, eps, scale)
         parts = [
             eager(forward(decoder, part.flatten(0, 1))[1].unflatten(0, part.shape[:2]), x, False)[0]
-            for part in z.chunk(slices)
+            for part in z.tensor_split(min(len(z), slices))
         ]
         of_z = (torch.linalg.vector_norm(eps, dim=-1) ** 2 - torch.linalg.vector_norm(z, dim=-1) ** 2) / 2
         found.append(((torch.cat(parts) + of_z).double() + log_scale.sum(-1)).logsumexp(0))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_iwae.callbacks.gradient_snr import measure
@@ -82,28 +82,42 @@ def bare_loop(model: Any, work: Work) -> Step:
 
 
 class Empty(LightningModule):
-    """Two numbers with an optimiser each, both of which every step steps, by hand as `IWModule` does; nothing else."""
+    """Two numbers with an optimiser each, both of which every step steps, by hand as `IWModule` does; nothing else.
+
+    After every block of steps as many of the same without Lightning, whose time is taken off.
+    """
 
     def __init__(self, block: int) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.numbers = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
-        self.block, self.times = block, list[float]()
+        self.block, self.start, self.times = block, 0.0, list[float]()
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.Adam([number], fused=True) for number in self.numbers]
+        self.bare = [torch.optim.Adam([number], fused=True) for number in self.numbers]
+        return self.bare
+
+    def loss(self) -> Tensor:
+        return torch.cat(list(self.numbers)).sum()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.block == 0:
-            self.times.append(time.perf_counter())
-        self.manual_backward(torch.cat(list(self.numbers)).sum())
+            if batch_idx:
+                self.times.append((time.perf_counter() - self.start) / self.block - timed(self.without, self.block))
+            self.start = time.perf_counter()
+        self.manual_backward(self.loss())
         theta, phi = cast(list[LightningOptimizer], self.optimizers())
         theta.step()
         phi.optimizer.step()
 
+    def without(self) -> None:
+        self.loss().backward()
+        for optimizer in self.bare:
+            optimizer.step()
+
 
 def lightning_alone(blocks: int, block: int) -> list[float]:
-    """Seconds a step of a fit of `Empty` on batches that lie ready, block by block; the first is warm-up."""
+    """Seconds that Lightning adds to a step of `Empty` on batches that lie ready, block by block, but for the first."""
     module = Empty(block)
     trainer = Trainer(
         accelerator="cpu",
@@ -114,7 +128,7 @@ def lightning_alone(blocks: int, block: int) -> list[float]:
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(torch.zeros(block * (blocks + 1) + 1), batch_size=None))  # type: ignore[arg-type]
-    return [(b - a) / block for a, b in pairwise(module.times)][1:]
+    return module.times[1:]
 
 
 def run(plan: Plan) -> dict:

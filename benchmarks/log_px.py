@@ -4,6 +4,7 @@ Every round estimates log p(x) of the same images anew, so that the rounds give 
 """
 
 import copy
+import math
 from functools import partial
 
 import torch
@@ -67,7 +68,7 @@ def ours(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
 def by_hand(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
     """In the slices that importance_sample takes."""
     held = particles_held(x)
-    slices = max(1, round(held * x.numel() / cached(x.device)))
+    slices = math.ceil(held * x.numel() / cached(x.device))
     return lambda: values.append(log_px(model, x, particles, held, slices).mean().item())
 
 

@@ -94,7 +94,7 @@ def machine(results: Results) -> list[tuple[str, str]]:
 
 
 def verdict(target: Any, results: Results) -> tuple[str, ...]:
-    """Text, bound, what was found, whether it is met, and what is possible."""
+    """Text, bound, what was found, whether it is met, and the same by hand."""
     bound = f"{'≥' if target.at_least else '≤'} {target.wanted}"
     values, best = target.found(results), target.possible(results)
     possible = "" if best is None else number(best.median)
@@ -159,7 +159,7 @@ def of_fit(section: dict) -> dict:
     names = {
         fit.LOOP: "a step of the bare loop",
         fit.FIT: "a step of fit",
-        fit.EMPTY: "a step of Lightning's that does nothing",
+        fit.EMPTY: "what Lightning adds to a step that does next to nothing",
         fit.SNR: f"a measurement of the SNR by {section['draws']} draws",
     }
     rows = against({names[name]: own for name, own in section["times"].items()}, {}, names[fit.LOOP])
