@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_iwae.ddp import BUCKET
 from lightning_iwae.models import MLP
 
 from .plan import Plan
@@ -62,7 +63,7 @@ def process(rank: int, folder: str, work: Work, plan: Plan) -> None:
 def synchronised_and_alone(work: Work) -> dict[str, Step]:
     """One and the same step of DDP, whose gradients are averaged over processes or not."""
     model, x = work.start()
-    wrapped, optimizers = DistributedDataParallel(Loss(model, work)), adams(model)
+    wrapped, optimizers = DistributedDataParallel(Loss(model, work), bucket_cap_mb=BUCKET), adams(model)
 
     def step() -> None:
         for optimizer in optimizers:

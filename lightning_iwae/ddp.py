@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import DistError
 
 OF_GLOO = "gloo/|caused pair closure|Connection (closed|reset) by peer"
+BUCKET = 25  # MB that go round at once: torch's default too, but for its first bucket of 1 MB, a second round for us
 GRACE = 10  # seconds that the first process has to end in good order, once one that it started has failed
 
 
@@ -54,7 +55,7 @@ class DDP(DDPStrategy):
     def __init__(self, timeout: float = 300) -> None:
         if not timeout > 0:
             raise ValueError(f"DDP.timeout must be positive. Got {timeout}.")
-        super().__init__(timeout=timedelta(seconds=timeout))
+        super().__init__(timeout=timedelta(seconds=timeout), bucket_cap_mb=BUCKET)
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None

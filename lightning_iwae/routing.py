@@ -69,6 +69,7 @@ class Weights(NamedTuple):
     """What each sample's gradients are multiplied by, (S, B) each; None where unused.
 
     The channels of `estimators` times -1 / B, for descent and a mean over data: cheaper here than of whole gradients.
+    What is below 1e-30 (in float64 1e-300) is 0.
     """
 
     a: Tensor
@@ -91,9 +92,8 @@ def weights(log_w: Tensor, theta: Side, phi: Side) -> Weights:
     c, s = phi.phi(log_w)
     of_prior = theta.prior(log_w) if theta.of_prior else ()
     channels = Weights(theta.theta(log_w), c if phi.needs_path else None, s, *of_prior)
-    nothing = (
-        1e8 * torch.finfo(log_w.dtype).tiny
-    )  # below that, products are subnormal, which takes a CPU many times as long
+    # Below this a weight's products would be subnormal numbers, which take a CPU many times as long.
+    nothing = 1e8 * torch.finfo(log_w.dtype).tiny
     return channels.each(lambda w: F.hardshrink(w * (-1 / log_w.shape[1]), nothing))
 
 

@@ -17,7 +17,7 @@ class DiagonalNormal(Independent):
     def log_prob(self, value: Tensor) -> Tensor:
         """-|e|^2 / 2 - sum log scale - Z / 2 log 2 pi with e = (value - loc) / scale, shape (...,). Nats."""
         loc, scale = self.base_dist.loc, self.base_dist.scale
-        if loc.shape[-1] != value.shape[-1]:
+        if loc.shape[-1] == 1 and value.ndim:  # one for all of Z
             loc, scale = (t.expand(*t.shape[:-1], value.shape[-1]) for t in (loc, scale))
         if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func takes its own derivatives
             e = (value - loc) / scale
