@@ -29,11 +29,11 @@ from .timing import Step, timed
 from .ways import Work, adams, piwae_loss
 
 ROOT = Path(__file__).parents[1]
-FIT, LOOP, SNR, EMPTY = "fit", "bare loop", "SNR", "Lightning alone"
+FIT, LOOP, READING, SNR, EMPTY = "fit", "bare loop", "reading", "SNR", "Lightning alone"
 
 
 class TakingTurns(Callback):
-    """Times blocks of the fit, of a bare loop and of SNR measurements, and writes them to `out` at the end.
+    """Times blocks of the fit, of a bare loop, its data and SNR measurements, and writes them to `out` at the end.
 
     Args:
         out: a JSON file.
@@ -45,11 +45,12 @@ class TakingTurns(Callback):
 
     def __init__(self, out: str, block: int, batch: int, samples: int, draws: int) -> None:
         self.out, self.block, self.draws, self.work = Path(out), block, draws, Work(batch, samples)
-        self.times: dict[str, list[float]] = {FIT: [], LOOP: [], SNR: []}
+        self.times: dict[str, list[float]] = {FIT: [], LOOP: [], READING: [], SNR: []}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The loop starts from the fit's weights."""
         self._loop = bare_loop(copy.deepcopy(pl_module.network), self.work)
+        self._batches = iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -58,11 +59,12 @@ class TakingTurns(Callback):
             return
         self.times[FIT].append((time.perf_counter() - self._start) / self.block)
         self.times[LOOP].append(timed(self._loop, self.block))
+        self.times[READING].append(timed(lambda: next(self._batches), self.block))
         self.times[SNR].append(timed(lambda: measure(pl_module, batch, self.draws), 1))
         self._start = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The first block is warm-up, of all three."""
+        """The first block is warm-up, of all."""
         self.out.write_text(json.dumps({name: found[1:] for name, found in self.times.items()}))
 
 
@@ -132,7 +134,7 @@ def lightning_alone(blocks: int, block: int) -> list[float]:
 
 
 def run(plan: Plan) -> dict:
-    """Seconds a step of fit and loop, and of a measurement, block by block."""
+    """Seconds a step of fit and loop, a batch and a measurement, block by block."""
     work, steps = Work(min(plan.batches), plan.samples), (1 + plan.blocks) * plan.block
     with tempfile.TemporaryDirectory() as folder:
         pixels, out = f"{folder}/pixels.npy", f"{folder}/times.json"

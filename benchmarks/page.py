@@ -160,6 +160,7 @@ def of_fit(section: dict) -> dict:
         fit.LOOP: "a step of the bare loop",
         fit.FIT: "a step of fit",
         fit.EMPTY: "what Lightning adds to a step that does next to nothing",
+        fit.READING: "a batch: read, binarised, seeded",
         fit.SNR: f"a measurement of the SNR by {section['draws']} draws",
     }
     rows = against({names[name]: own for name, own in section["times"].items()}, {}, names[fit.LOOP])
