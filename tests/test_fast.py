@@ -209,6 +209,19 @@ def test_a_diagonal_normal_goes_through_torch_func():
     torch.testing.assert_close(found, (loc - z) / scale**2)
 
 
+@pytest.mark.parametrize("make", [lambda a, b: BernoulliPixels(a), lambda a, b: DiagonalNormal(a, b)])
+def test_log_prob_can_be_compiled_as_part_of_a_model(make):
+    torch.manual_seed(0)
+    a, b, value = torch.randn(S, B, X, requires_grad=True), torch.rand(B, X) + 0.5, torch.rand(B, X)
+
+    def log_prob(a):
+        return make(a, b).log_prob(value).sum()
+
+    whole = torch.compile(log_prob, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(a), a)[0] for f in (whole, log_prob))
+    torch.testing.assert_close(found, expected)
+
+
 def test_second_derivatives_of_a_bernoulli_are_refused():
     logits = torch.randn(B, X, requires_grad=True)
     log_prob = BernoulliPixels(logits).log_prob(torch.ones(B, X))

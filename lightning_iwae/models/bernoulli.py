@@ -94,6 +94,9 @@ class BernoulliPixels(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """sum x * logit + log(1 - p) over pixels, shape (...,). Nats."""
+        if torch.compiler.is_compiling():  # a model that is compiled itself: its compiler takes the derivative
+            logits = full_precision(self.logits)
+            return (logits * value - F.softplus(logits, threshold=40.0)).sum(-1)
         logits, _ = torch.broadcast_tensors(self.logits, value)
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # no layers here for `weighing` to see
             return _LogProb.apply(logits, value, self.kernel)
