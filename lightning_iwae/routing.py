@@ -29,7 +29,8 @@ from torch.autograd import grad
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from . import bounds
-from .models.base import check_model, draw_posterior, no_second_derivative
+from .derivatives import no_second_derivative
+from .models.base import check_model, draw_posterior
 from .models.labels import given
 from .sides import Side, without_path
 from .weighing import Weighing, leaves, weighed

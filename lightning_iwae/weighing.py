@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .models.base import no_second_derivative
+from .derivatives import no_second_derivative
 
 CONVOLUTIONS: tuple[Callable, ...] = (
     F.conv1d,

@@ -1,7 +1,5 @@
 """What a model is: three distributions, and the two networks whose parameters are theta and phi."""
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -51,25 +49,6 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"network {what}: parameters in both .inference and .generative: {', '.join(sorted(both))}.")
     if neither := [name for p, name in names.items() if p not in phi | theta]:
         raise ValueError(f"network {what}: parameters in neither .inference nor .generative: {', '.join(neither)}.")
-
-
-def no_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the backward of an autograd Function that no gradient can be taken of again.
-
-    Refused under create_graph=True. torch's own `once_differentiable` lets it pass as a constant there where the seed
-    is one: a Hessian of zeros.
-    """
-
-    @wraps(backward)
-    def only_once(ctx: Any, *seeds: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{type(ctx).__name__}: second derivatives (create_graph=True) can't be taken through it. Networks "
-                "outside `routing.draw`, and torch's own distributions, have them."
-            )
-        return backward(ctx, *seeds)
-
-    return only_once
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from .base import full_precision, no_second_derivative
+from ..derivatives import no_second_derivative
+from .base import full_precision
 
 Kernel = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 

@@ -1,0 +1,27 @@
+"""What autograd Functions say of second derivatives."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def no_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of an autograd Function that no gradient can be taken of again.
+
+    Refused under create_graph=True. torch's own `once_differentiable` lets it pass as a constant there where the seed
+    is one: a Hessian of zeros.
+    """
+
+    @wraps(backward)
+    def only_once(ctx: Any, *seeds: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(ctx).__name__}: second derivatives (create_graph=True) can't be taken through it. Networks "
+                "outside `routing.draw`, and torch's own distributions, have them."
+            )
+        return backward(ctx, *seeds)
+
+    return only_once
