@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from lightning_iwae.evaluation import cached, importance_sample
+from lightning_iwae.evaluation import cached, drawn_at_once, importance_sample
 from lightning_iwae.models import MLP
 from lightning_iwae.models.likelihoods import compile_likelihoods
 
@@ -45,7 +45,7 @@ def run(plan: Plan) -> dict:
             PYTHAE_WHOLE: partial(pythae, model, x, K, K, values.setdefault(PYTHAE_WHOLE, [])),
         }
     )
-    held = particles_held(x)
+    held = drawn_at_once(x)
     limit = Limit(of_decoding(held * len(x)))
     times = measure(steps | {EACH: limit.each, BEST: limit.best}, plan.seconds, plan.rounds)
     times[EACH] = [K / held * seconds for seconds in times[EACH]]
@@ -67,14 +67,9 @@ def ours(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
 
 def by_hand(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
     """In the slices that importance_sample takes."""
-    held = particles_held(x)
+    held = drawn_at_once(x)
     slices = math.ceil(held * x.numel() / cached(x.device))
     return lambda: values.append(log_px(model, x, particles, held, slices).mean().item())
-
-
-def particles_held(x: Tensor) -> int:
-    """As many as importance_sample draws at once."""
-    return max(1, 2**22 // x.numel())
 
 
 def compiled(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:

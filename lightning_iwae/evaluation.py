@@ -45,7 +45,7 @@ def importance_sample(
     if particles < 1:
         raise ValueError(f"particles must be at least 1. Got {particles}.")
     if chunk is None:
-        chunk = max(1, 2 ** (22 if x.device.type == "cpu" else 26) // max(1, x.numel()))
+        chunk = drawn_at_once(x)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1. Got {chunk}.")
     if not len(x):  # a process's share of a short batch; torch.distributions can't sum over nothing
@@ -74,6 +74,11 @@ def importance_sample(
     ess = ess.masked_fill(log_sum == -math.inf, 1.0)  # weights all 0 are alike, as in weights.ess
     rate, distortion = rate / particles, distortion / particles
     return Streamed(log_sum - math.log(particles), -(rate + distortion), ess, rate, distortion)
+
+
+def drawn_at_once(x: Tensor) -> int:
+    """Particles of a default chunk for x (B, ...): some 4 million numbers of data, on a GPU 64 million."""
+    return max(1, 2 ** (22 if x.device.type == "cpu" else 26) // max(1, x.numel()))
 
 
 def cached(device: torch.device) -> int:
