@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_iwae.matmul import linear, parameter_gradients
 from lightning_iwae.models import MLP
 from lightning_iwae.models.bernoulli import Compiled, Kernel, eager
 
@@ -91,20 +92,19 @@ def forward(layers: Layers, h: Tensor) -> tuple[list[Tensor], Tensor]:
     """Each layer's input, and what the last one gives."""
     inputs = [h]
     for weight, bias in layers[:-1]:
-        inputs.append(torch.addmm(bias, inputs[-1], weight.T).tanh_())
+        inputs.append(linear(inputs[-1], weight, bias).tanh_())
     weight, bias = layers[-1]
-    return inputs, torch.addmm(bias, inputs[-1], weight.T)
+    return inputs, linear(inputs[-1], weight, bias)
 
 
 def backward(layers: Layers, inputs: list[Tensor], delta: Tensor, a: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """Gradients of weights and biases, rows weighed by a; and that of the first input, by rows, if there is an `a`."""
     found: list[Tensor] = []
     for (weight, _), h in zip(reversed(layers), reversed(inputs), strict=True):
-        of_bias = delta.sum(0) if a is None else a.flatten() @ delta
-        found = [delta.T @ (h if a is None else h * a), of_bias, *found]
+        found = [*parameter_gradients(delta, h, a), *found]
         if h is not inputs[0]:
-            delta = torch.ops.aten.tanh_backward(delta @ weight, h)
-    return found, delta if a is None else delta @ layers[0][0]
+            delta = torch.ops.aten.tanh_backward(linear(delta, weight.T), h)
+    return found, delta if a is None else linear(delta, layers[0][0].T)
 
 
 def layers_of(network: nn.Module) -> Layers:

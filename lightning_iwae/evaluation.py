@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .diagnostics import LEAST_PARTICLES, Tail, active_units
+from .matmul import Fast
 from .models.base import draw_posterior
 
 Keyed = dict[str, Tensor]
@@ -62,7 +63,8 @@ def importance_sample(
         z, _ = draw_posterior(q, min(chunk, particles - start))
         information = q.log_prob(z).double() - prior.log_prob(z)
         parts = z.tensor_split(min(len(z), math.ceil(len(z) / decoded)))
-        log_likelihood = torch.cat([model.likelihood(part).log_prob(x).double() for part in parts])
+        with Fast():
+            log_likelihood = torch.cat([model.likelihood(part).log_prob(x).double() for part in parts])
         log_w = log_likelihood - information
         if watch is not None:
             watch(log_w)

@@ -19,6 +19,7 @@ from torch.autograd import grad
 from torch.distributions import Distribution
 
 from . import bounds, routing
+from .matmul import Fast
 from .memory import Peak
 from .models.labels import given
 from .randomness import forked, noted, repeated
@@ -144,7 +145,7 @@ def in_slices(
     with torch.no_grad():
         for i, start in enumerate(starts):
             state = noted(x.device)
-            sampled = routing.sample(model, q, x, min(chunk, samples - start), kl_weight)
+            sampled = routing.sample(model, q, x, min(chunk, samples - start), kl_weight, Fast())
             if i == 0:  # what stays is made once: bits of it among the large arrays that go would break up the heap
                 log_w = sampled.log_p.new_empty(samples, len(x))
                 states = [of_stream.new_empty(len(starts), len(of_stream)) for of_stream in state]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .derivatives import no_second_derivative
+from .matmul import linear, parameter_gradients, transformed
 
 CONVOLUTIONS: tuple[Callable, ...] = (
     F.conv1d,
@@ -64,7 +65,7 @@ class Weighing(TorchFunctionMode):
         return a.to(rows).reshape(a.shape + (1,) * (rows.ndim - a.ndim))
 
     def _applies(self, func: Any, args: tuple, kwargs: dict) -> bool:
-        if not (func is F.linear or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _transformed():
+        if not (func is F.linear or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _intercepted():
             return False
         h, weight, bias = args[:3]
         flat = h.ndim > 1 and h.shape[0] == self.shape[0] * self.shape[1]
@@ -94,12 +95,10 @@ def held_back(parameters: Iterable[Tensor]) -> Iterator[None]:
             hooks.update(kept)
 
 
-def _transformed() -> bool:
+def _intercepted() -> bool:
     """Whether the layer is compiled, under torch.func, or has its saved tensors intercepted (by checkpointing)."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+        transformed() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
     )
 
 
@@ -115,7 +114,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, mode: Weighing, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.mode = mode
         ctx.save_for_backward(h, weight, bias)
-        return F.linear(h, weight, bias).detach()  # no view, so that an activation may act in place
+        return linear(h, weight, bias).detach()  # no view, so that an activation may act in place
 
     @staticmethod
     @no_second_derivative
@@ -123,19 +122,15 @@ class _Linear(torch.autograd.Function):
         mode: Weighing = ctx.mode
         h, weight, bias = ctx.saved_tensors
         rows = delta.flatten(0, -2)
-        h_grad = (rows @ weight.to(delta.dtype)).view_as(h) if ctx.needs_input_grad[1] else None
-        a = mode.factor(delta)
-        weight_grad: Tensor | None
-        bias_grad: Tensor | None
-        if weight in mode.wanted:
-            h = h.to(delta.dtype)
-            weight_grad = rows.T @ (h if a is None else h * a).flatten(0, -2)
-        else:
-            weight_grad = _unwanted(weight)
-        if bias is not None and bias in mode.wanted:
-            bias_grad = rows.sum(0) if a is None else a.expand(*delta.shape[:-1], 1).flatten() @ rows
-        else:
-            bias_grad = _unwanted(bias)
+        h_grad = linear(rows, weight.to(delta.dtype).T).view_as(h) if ctx.needs_input_grad[1] else None
+        weight_grad, bias_grad = _unwanted(weight), _unwanted(bias)
+        if not mode.wanted.isdisjoint((weight, bias)):
+            a = mode.factor(delta)
+            if a is not None:
+                a = a.expand(*delta.shape[:-1], 1).flatten(0, -2)
+            of_weight, of_bias = parameter_gradients(rows, h.to(delta.dtype).flatten(0, -2), a)
+            weight_grad = of_weight if weight in mode.wanted else weight_grad
+            bias_grad = of_bias if bias in mode.wanted else bias_grad
         return None, h_grad, weight_grad, bias_grad
 
 

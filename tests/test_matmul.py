@@ -1,0 +1,158 @@
+"""The products of linear layers by oneDNN: as exact as torch's own, and taken only where they are meant to be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_iwae import Side, iw_loss, matmul
+from lightning_iwae.evaluation import importance_sample
+from lightning_iwae.matmul import Fast, linear, parameter_gradients
+from lightning_iwae.models import MLP
+from lightning_iwae.weighing import Weighing
+
+N, IN, OUT = 512, 60, 90
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is without oneDNN")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes of what oneDNN is given, on any processor and at any size."""
+    made, by_onednn = [], matmul._by_onednn
+
+    def noted(h, weight, bias=None):
+        made.append((tuple(h.shape), tuple(weight.shape)))
+        return by_onednn(h, weight, bias)
+
+    monkeypatch.setattr(matmul, "mkl_lags", lambda: True)
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    monkeypatch.setattr(matmul, "_by_onednn", noted)
+    return made
+
+
+def tensors(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(*shape, dtype=dtype) for shape in ((N, IN), (OUT, IN), (OUT,), (N, OUT), (N, 1))]
+
+
+def error(found, exact):
+    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+# ------------------------------------------------------------------------------------------------ they are exact
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", ["rows", "three axes", "strided", "transposed weight"])
+def test_a_layers_output_is_torchs_in_float32(calls, layout, bias):
+    h, weight, b, *_ = tensors()
+    b = b if bias else None
+    if layout == "three axes":
+        h = h.view(8, -1, IN)
+    elif layout == "strided":
+        h = torch.randn(N, 2 * IN)[:, ::2]
+    elif layout == "transposed weight":
+        weight = weight.T.contiguous().T
+    found = linear(h, weight, b)
+    exact = F.linear(h.double(), weight.double(), None if b is None else b.double())
+    assert calls and found.shape == exact.shape and found.dtype == torch.float32
+    assert error(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("weigh", [True, False])
+def test_parameters_gradients_are_autograds_of_the_weighed_sum(calls, weigh):
+    h, weight, b, delta, a = tensors()
+    seed = delta * a if weigh else delta
+    weight, b = (t.double().requires_grad_() for t in (weight, b))
+    exact = torch.autograd.grad(F.linear(h.double(), weight, b), (weight, b), seed.double())
+    found = parameter_gradients(delta, h, a if weigh else None)
+    assert calls == [((IN + 1, N), (OUT, N))]
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.shape == theirs.shape and error(ours, theirs) < 2e-6
+
+
+def test_numbers_of_16_bits_inside_would_be_found(calls):
+    """What oneDNN does to float32 where it may: on some processors at float32_matmul_precision "medium"."""
+    h, weight, b, *_ = tensors()
+    rounded = linear(h.bfloat16().float(), weight.bfloat16().float(), b)
+    assert error(rounded, F.linear(h.double(), weight.double(), b.double())) > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ where they are taken
+def test_a_step_and_log_px_are_the_same_by_either_library(calls, monkeypatch):
+    found = {}
+    for onednn in (True, False):
+        torch.manual_seed(0)
+        model, x = MLP(64, 5, [20, 20]), torch.bernoulli(torch.rand(6, 8, 64))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
+        for step in range(50):
+            optimizer.zero_grad()
+            for chunk in (None, 4):  # the second's gradients are added to the first's
+                sides = {"theta": Side("iwae", 8), "phi": Side("iwae", 4)}
+                iw_loss(model, x[step % 6], samples=8, chunk=chunk, **sides).backward()
+            optimizer.step()
+        before = len(calls)
+        log_px = importance_sample(model, x[0], 16).log_px.float()
+        assert (len(calls) > before) == onednn
+        found[onednn] = torch.cat([log_px, *(p.detach().flatten() for p in model.parameters())])
+    assert 0 < (found[True] - found[False]).norm() < 1e-5 * found[False].norm()
+
+
+def test_other_products_stay_torchs(calls, monkeypatch):
+    h, weight, b, delta, a = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(h, weight, b).dtype == torch.bfloat16
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        torch.testing.assert_close(linear(h, weight, b), F.linear(h, weight, b), rtol=0, atol=0)
+    for dtype in (torch.float64, torch.bfloat16):
+        linear(*(t.to(dtype) for t in (h, weight, b)))
+        parameter_gradients(*(t.to(dtype) for t in (delta, h, a)))
+    linear(*(t.to("meta") for t in (h, weight, b)))
+    monkeypatch.setattr(matmul, "LEAST", N * IN * OUT + 1)
+    linear(h, weight, b)
+    parameter_gradients(delta, h, a)
+    monkeypatch.setattr(matmul, "LEAST", N * IN * OUT)
+    assert not calls
+    linear(h, weight, b)
+    assert len(calls) == 1
+
+
+def test_fast_is_for_what_leaves_no_graph(calls):
+    layer, h = nn.Linear(IN, OUT), tensors()[0].requires_grad_()
+    expected = layer(h).detach()
+    with Fast():
+        assert layer(h).requires_grad and not calls
+        assert torch.func.vmap(layer)(h.detach()).shape == (N, OUT) and not calls
+        with torch.no_grad():
+            torch.func.vmap(layer)(h)
+            assert not calls
+            torch.testing.assert_close(layer(h), expected)
+    assert calls == [((N, IN), (OUT, IN))]
+
+
+def test_weighed_layers_go_by_it_forward_and_back(calls):
+    layer, h = nn.Linear(IN, OUT), tensors()[0].requires_grad_()
+    with Weighing(layer.parameters(), (8, N // 8)) as mode:
+        out = layer(h)
+    a = torch.rand(8, N // 8)
+    with mode.backward(layer.parameters(), a):
+        torch.autograd.grad(out.sum(), [h, *layer.parameters()])
+    assert calls == [((N, IN), (OUT, IN)), ((N, OUT), (IN, OUT)), ((IN + 1, N), (OUT, N))]
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "lags"),
+    [
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX512", "GenuineIntel", False),
+        ("AVX2", "AuthenticAMD", False),
+        ("AVX512", None, False),
+    ],
+)
+def test_the_rule(monkeypatch, tmp_path, capability, vendor, lags):
+    info = tmp_path / "cpuinfo"
+    if vendor:
+        info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: some\n")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(matmul, "CPU", info)
+    assert matmul.mkl_lags.__wrapped__() is lags
