@@ -13,7 +13,7 @@ from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 from lightning_iwae import Side, iw_loss, routing
 from lightning_iwae.estimators import PHI, THETA
 from lightning_iwae.evaluation import importance_sample
-from lightning_iwae.models import MLP
+from lightning_iwae.models import MLP, bernoulli
 from lightning_iwae.models.bernoulli import BernoulliPixels, Compiled, eager, formula
 from lightning_iwae.models.likelihoods import compile_likelihoods
 from lightning_iwae.models.normal import DiagonalNormal
@@ -93,11 +93,14 @@ def test_an_optimiser_is_fused_unless_told_otherwise():
 # ------------------------------------------------------------------------------------------------ the kernels
 @pytest.mark.parametrize("kernel", [eager, formula, Compiled()], ids=["eager", "formula", "compiled"])
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
-@pytest.mark.parametrize("x_shape", [(X,), (B, X), (S, B, X)])
-def test_value_and_gradient_are_those_of_torchs_bernoulli(kernel, size, x_shape):
+@pytest.mark.parametrize("leading", [(), (B,), (S, B)])
+@pytest.mark.parametrize("X", [7, 10, 12])  # of which the eager kernel takes 1, 2 and 4 to a logarithm
+@pytest.mark.parametrize("block", [1, 2 * B * 12, 2**19])
+def test_value_and_gradient_are_those_of_torchs_bernoulli(kernel, size, leading, X, block, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(bernoulli, "BLOCK", block)
     logits = (size * torch.randn(S, B, X, dtype=torch.float64)).requires_grad_()
-    x, seed = torch.rand(x_shape, dtype=torch.float64).requires_grad_(), torch.randn(S, B, dtype=torch.float64)
+    x, seed = torch.rand(*leading, X, dtype=torch.float64).requires_grad_(), torch.randn(S, B, dtype=torch.float64)
     ours = BernoulliPixels(logits, kernel).log_prob(x)
     theirs = Independent(Bernoulli(logits=logits, validate_args=False), 1).log_prob(x.expand(S, B, X))
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)

@@ -16,6 +16,8 @@ from torch.distributions import Distribution, constraints
 from ..derivatives import no_second_derivative
 from .base import full_precision
 
+BLOCK = 2**19  # logits at a time, which fit the second-level caches of few cores and keep many busy
+
 Kernel = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -23,19 +25,47 @@ Kernel = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 def eager(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """sum x * l - log(1 + exp l) over the last axis of logits, (...,), and x - sigmoid(l), (..., X), if asked for.
 
-    On CPU one exponential serves both: with e = exp l and u = 1 + e they are sums of x * l - log u, and
-    (x - (1 - x) e) / u, which loses no digits for x of 0 or 1 and l of either sign. Where e overflows, and on other
-    devices, on which a look at the result would make the host wait, torch's own functions are taken.
+    The sum is in full precision, the gradient in that of the logits. On CPU one exponential serves both: with e = exp l
+    and u = 1 + e they are sums of x * l - log u, and (x - (1 - x) e) / u, which loses no digits for x of 0 or 1 and l
+    of either sign. Where e overflows, or a product of four u, and on other devices, on which a look at the result
+    would make the host wait, torch's own functions are taken.
     """
     if logits.device.type == "cpu":
-        e = logits.exp()
-        u = e + 1 if gradient else e.add_(1)
-        delta = torch.addcmul(x, e, x - 1, out=e).div_(u) if gradient else None
-        log_prob = torch.addcmul(u.log_(), logits, x, value=-1, out=u).sum(-1).neg_()
+        log_prob, delta = _in_blocks(logits, x, gradient)
         if math.isfinite(log_prob.sum()):
             return log_prob, delta
-    log_prob = torch.addcmul(F.softplus(logits, threshold=40.0).neg_(), logits, x).sum(-1)
-    return log_prob, x - torch.sigmoid(logits) if gradient else None
+    full = full_precision(logits)
+    log_prob = torch.addcmul(F.softplus(full, threshold=40.0).neg_(), full, x).sum(-1)
+    return log_prob, (x - torch.sigmoid(full)).to(logits.dtype) if gradient else None
+
+
+def _in_blocks(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """`eager` by one exponential, some rows after others, so that what one operation leaves the next finds cached."""
+    if logits.ndim == 1:
+        log_prob, delta = _in_blocks(logits.unsqueeze(0), x, gradient)
+        return log_prob[0], None if delta is None else delta[0]
+    x, y = x.expand_as(logits), (x - 1).expand_as(logits)
+    delta, sums = torch.empty_like(logits) if gradient else None, []
+    rows = max(1, BLOCK // max(1, logits[:1].numel()))
+    for block in (slice(start, start + rows) for start in range(0, len(logits), rows)):
+        full = full_precision(logits[block])
+        e = full.exp()
+        u = e + 1 if gradient else e.add_(1)
+        if delta is not None:
+            torch.div(torch.addcmul(x[block], e, y[block], out=e), u, out=delta[block])
+        log_u = _sum_log(u)
+        sums.append(torch.mul(full, x[block], out=u).sum(-1).sub_(log_u))
+    return torch.cat(sums), delta
+
+
+def _sum_log(u: Tensor) -> Tensor:
+    """sum log u over the last axis, by one logarithm for up to 4 numbers, which are multiplied in place."""
+    X = u.shape[-1]
+    for _ in range(2):
+        if X % 2 == 0:
+            X //= 2
+            u = u[..., :X].mul_(u[..., X:])
+    return u.log_().sum(-1)
 
 
 def formula(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -44,14 +74,14 @@ def formula(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor |
     log(1 + exp l) = max(l, 0) + log u with u = 1 + exp -|l| of at most 2: logarithms are taken of products of up to 64
     of them, not of each.
     """
-    e = torch.exp(-logits.abs())
+    full, X = full_precision(logits), logits.shape[-1]
+    e = torch.exp(-full.abs())
     u = 1 + e
-    X = logits.shape[-1]
     of_each = next(n for n in range(64, 0, -1) if X % n == 0)
     log_u = u.unflatten(-1, (X // of_each, of_each)).prod(-1).log().sum(-1)
-    log_prob = (logits * x - logits.clamp(min=0)).sum(-1) - log_u
-    delta = torch.where(logits > 0, x * e - (1 - x), x - (1 - x) * e) / u if gradient else None
-    return log_prob, delta
+    log_prob = (full * x - full.clamp(min=0)).sum(-1) - log_u
+    delta = torch.where(full > 0, x * e - (1 - x), x - (1 - x) * e) / u if gradient else None
+    return log_prob, None if delta is None else delta.to(logits.dtype)
 
 
 class Compiled:
@@ -124,8 +154,8 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x: Tensor, kernel: Kernel) -> Tensor:
         of_logits, of_x, _ = ctx.needs_input_grad
-        log_prob, delta = kernel(full_precision(logits).detach(), x.detach(), of_logits)
-        ctx.save_for_backward(None if delta is None else delta.to(logits.dtype), logits if of_x else None)
+        log_prob, delta = kernel(logits.detach(), x.detach(), of_logits)
+        ctx.save_for_backward(delta, logits if of_x else None)
         ctx.x_shape = x.shape
         return log_prob
 
