@@ -92,7 +92,7 @@ def forward(layers: Layers, h: Tensor) -> tuple[list[Tensor], Tensor]:
     """Each layer's input, and what the last one gives."""
     inputs = [h]
     for weight, bias in layers[:-1]:
-        inputs.append(linear(inputs[-1], weight, bias).tanh_())
+        inputs.append(linear(inputs[-1], weight, bias, tanh=True))
     weight, bias = layers[-1]
     return inputs, linear(inputs[-1], weight, bias)
 

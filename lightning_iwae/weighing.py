@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .derivatives import no_second_derivative
-from .matmul import linear, parameter_gradients, transformed
+from .matmul import LAYERS, linear, parameter_gradients, tanh_linear, transformed
 
 CONVOLUTIONS: tuple[Callable, ...] = (
     F.conv1d,
@@ -65,11 +65,11 @@ class Weighing(TorchFunctionMode):
         return a.to(rows).reshape(a.shape + (1,) * (rows.ndim - a.ndim))
 
     def _applies(self, func: Any, args: tuple, kwargs: dict) -> bool:
-        if not (func is F.linear or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _intercepted():
+        if not (func in LAYERS or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _intercepted():
             return False
         h, weight, bias = args[:3]
         flat = h.ndim > 1 and h.shape[0] == self.shape[0] * self.shape[1]
-        if func is F.linear:
+        if func in LAYERS:
             rows_are_samples = flat or (h.ndim > 2 and h.shape[:2] == self.shape)
         else:
             rows_are_samples = flat and h.ndim == weight.ndim
@@ -79,7 +79,9 @@ class Weighing(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._applies(func, args, kwargs):
             return func(*args, **kwargs)
-        return _Linear.apply(self, *args) if func is F.linear else _Convolution.apply(self, func, args[3:], *args[:3])
+        if func in LAYERS:
+            return _Linear.apply(self, func is tanh_linear, *args)
+        return _Convolution.apply(self, func, args[3:], *args[:3])
 
 
 @contextmanager
@@ -108,21 +110,26 @@ def _unwanted(parameter: Tensor | None) -> Tensor | None:
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear. The input is weighed rather than the output's gradient: a decoder's last layer is its widest."""
+    """A linear layer, or the tanh of one. Its input is weighed rather than the output's gradient: a decoder's last
+    layer is its widest.
+    """
 
     @staticmethod
-    def forward(ctx: Any, mode: Weighing, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, mode: Weighing, tanh: bool, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = linear(h, weight, bias, tanh).detach()  # no view, so that an activation may act in place
         ctx.mode = mode
-        ctx.save_for_backward(h, weight, bias)
-        return linear(h, weight, bias).detach()  # no view, so that an activation may act in place
+        ctx.save_for_backward(h, weight, bias, out if tanh else None)
+        return out
 
     @staticmethod
     @no_second_derivative
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         mode: Weighing = ctx.mode
-        h, weight, bias = ctx.saved_tensors
+        h, weight, bias, tanh = ctx.saved_tensors
+        if tanh is not None:
+            delta = torch.ops.aten.tanh_backward(delta, tanh)
         rows = delta.flatten(0, -2)
-        h_grad = linear(rows, weight.to(delta.dtype).T).view_as(h) if ctx.needs_input_grad[1] else None
+        h_grad = linear(rows, weight.to(delta.dtype).T).view_as(h) if ctx.needs_input_grad[2] else None
         weight_grad, bias_grad = _unwanted(weight), _unwanted(bias)
         if not mode.wanted.isdisjoint((weight, bias)):
             a = mode.factor(delta)
@@ -131,7 +138,7 @@ class _Linear(torch.autograd.Function):
             of_weight, of_bias = parameter_gradients(rows, h.to(delta.dtype).flatten(0, -2), a)
             weight_grad = of_weight if weight in mode.wanted else weight_grad
             bias_grad = of_bias if bias in mode.wanted else bias_grad
-        return None, h_grad, weight_grad, bias_grad
+        return None, None, h_grad, weight_grad, bias_grad
 
 
 class _Convolution(torch.autograd.Function):

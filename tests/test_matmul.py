@@ -7,8 +7,9 @@ from torch import nn
 
 from lightning_iwae import Side, iw_loss, matmul
 from lightning_iwae.evaluation import importance_sample
-from lightning_iwae.matmul import Fast, linear, parameter_gradients
+from lightning_iwae.matmul import Fast, by_torch, linear, parameter_gradients
 from lightning_iwae.models import MLP
+from lightning_iwae.models.layers import TanhLinear
 from lightning_iwae.weighing import Weighing
 
 N, IN, OUT = 512, 60, 90
@@ -20,9 +21,9 @@ def calls(monkeypatch):
     """Shapes of what oneDNN is given, on any processor and at any size."""
     made, by_onednn = [], matmul._by_onednn
 
-    def noted(h, weight, bias=None):
+    def noted(h, weight, *others):
         made.append((tuple(h.shape), tuple(weight.shape)))
-        return by_onednn(h, weight, bias)
+        return by_onednn(h, weight, *others)
 
     monkeypatch.setattr(matmul, "mkl_lags", lambda: True)
     monkeypatch.setattr(matmul, "LEAST", 1)
@@ -32,7 +33,8 @@ def calls(monkeypatch):
 
 def tensors(dtype=torch.float32):
     torch.manual_seed(0)
-    return [torch.randn(*shape, dtype=dtype) for shape in ((N, IN), (OUT, IN), (OUT,), (N, OUT), (N, 1))]
+    h, weight, *others = (torch.randn(*s, dtype=dtype) for s in ((N, IN), (OUT, IN), (OUT,), (N, OUT), (N, 1)))
+    return [h, weight / IN**0.5, *others]
 
 
 def error(found, exact):
@@ -40,9 +42,10 @@ def error(found, exact):
 
 
 # ------------------------------------------------------------------------------------------------ they are exact
+@pytest.mark.parametrize("tanh", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["rows", "three axes", "strided", "transposed weight"])
-def test_a_layers_output_is_torchs_in_float32(calls, layout, bias):
+def test_a_layers_output_is_torchs_in_float32(calls, layout, bias, tanh):
     h, weight, b, *_ = tensors()
     b = b if bias else None
     if layout == "three axes":
@@ -51,10 +54,34 @@ def test_a_layers_output_is_torchs_in_float32(calls, layout, bias):
         h = torch.randn(N, 2 * IN)[:, ::2]
     elif layout == "transposed weight":
         weight = weight.T.contiguous().T
-    found = linear(h, weight, b)
+    found = linear(h, weight, b, tanh)
     exact = F.linear(h.double(), weight.double(), None if b is None else b.double())
+    exact = exact.tanh() if tanh else exact
     assert calls and found.shape == exact.shape and found.dtype == torch.float32
     assert error(found, exact) < 1e-6
+
+
+def test_tanh_keeps_its_digits_near_zero_and_far_from_it(calls):
+    """Beside it what a float32 less precise by two bits would give."""
+    for x in (torch.logspace(-10, 1, 100_001), -torch.logspace(-10, 1, 100_001)):
+        found, exact = linear(x[:, None], torch.ones(1, 1), None, tanh=True)[:, 0], x.double().tanh()
+        assert ((found.double() - exact) / exact).abs().max() < 2**-23
+    by_exponential = 1 - 2 / ((2 * x).exp() + 1)
+    assert ((by_exponential.double() - exact) / exact).abs().max() > 2**-23
+    assert calls
+
+
+@pytest.mark.skipif(not matmul.has_bf16(), reason="no products of bfloat16 by oneDNN here")
+@pytest.mark.parametrize("tanh", [True, False])
+def test_under_autocast_a_layer_is_rounded_to_bfloat16_once(calls, tanh):
+    h, weight, b, *_ = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear(h, weight, b, tanh)
+    h, weight, b = (t.bfloat16().double() for t in (h, weight, b))
+    exact = F.linear(h, weight, b)
+    exact = exact.tanh() if tanh else exact
+    assert calls and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("weigh", [True, False])
@@ -99,13 +126,13 @@ def test_a_step_and_log_px_are_the_same_by_either_library(calls, monkeypatch):
 
 def test_other_products_stay_torchs(calls, monkeypatch):
     h, weight, b, delta, a = tensors()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear(h, weight, b).dtype == torch.bfloat16
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn, "enabled", False)
+    with by_torch():
         torch.testing.assert_close(linear(h, weight, b), F.linear(h, weight, b), rtol=0, atol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(h, weight, b).dtype == torch.bfloat16
+            assert linear(*(t.double() for t in (h, weight, b))).dtype == torch.float64
+    linear(*(t.double() for t in (h, weight, b)))
     for dtype in (torch.float64, torch.bfloat16):
-        linear(*(t.to(dtype) for t in (h, weight, b)))
         parameter_gradients(*(t.to(dtype) for t in (delta, h, a)))
     linear(*(t.to("meta") for t in (h, weight, b)))
     monkeypatch.setattr(matmul, "LEAST", N * IN * OUT + 1)
@@ -117,8 +144,9 @@ def test_other_products_stay_torchs(calls, monkeypatch):
     assert len(calls) == 1
 
 
-def test_fast_is_for_what_leaves_no_graph(calls):
-    layer, h = nn.Linear(IN, OUT), tensors()[0].requires_grad_()
+@pytest.mark.parametrize("kind", [nn.Linear, TanhLinear])
+def test_fast_is_for_what_leaves_no_graph(calls, kind):
+    layer, h = kind(IN, OUT), tensors()[0].requires_grad_()
     expected = layer(h).detach()
     with Fast():
         assert layer(h).requires_grad and not calls
@@ -130,13 +158,19 @@ def test_fast_is_for_what_leaves_no_graph(calls):
     assert calls == [((N, IN), (OUT, IN))]
 
 
-def test_weighed_layers_go_by_it_forward_and_back(calls):
-    layer, h = nn.Linear(IN, OUT), tensors()[0].requires_grad_()
+@pytest.mark.parametrize("kind", [nn.Linear, TanhLinear])
+def test_weighed_layers_go_by_it_forward_and_back(calls, kind):
+    layer, h = kind(IN, OUT), tensors()[0].requires_grad_()
     with Weighing(layer.parameters(), (8, N // 8)) as mode:
         out = layer(h)
     a = torch.rand(8, N // 8)
     with mode.backward(layer.parameters(), a):
-        torch.autograd.grad(out.sum(), [h, *layer.parameters()])
+        found = torch.autograd.grad(out.sum(), [h, *layer.parameters()])
+    layer.double()
+    exact = torch.autograd.grad(layer(h.double()).sum(), h, retain_graph=True)
+    exact += torch.autograd.grad(layer(h.double()), list(layer.parameters()), a.double().view(N, 1).expand(N, OUT))
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.shape == theirs.shape and error(ours, theirs.double()) < 2e-6
     assert calls == [((N, IN), (OUT, IN)), ((N, OUT), (IN, OUT)), ((IN + 1, N), (OUT, N))]
 
 

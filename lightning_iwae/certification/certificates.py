@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .. import routing
 from ..estimators import PHI, PRIOR, THETA, find
+from ..matmul import by_torch
 from ..models import MLP
 from ..models.layers import tanh_layers
 from ..randomness import forked, seed_for
@@ -234,7 +235,7 @@ def cost(side: str, name: str, options: dict[str, Any]) -> float:
         drawn = routing.draw(model, x, 64)  # proves the fast way
     with Flops() as forward:
         model.likelihood(drawn.z_held)
-    with Flops() as step:
+    with Flops() as step, by_torch():
         routing.loss(routing.draw(model, x, 64), theta, phi).backward()
     return step.total / forward.total
 

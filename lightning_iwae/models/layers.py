@@ -1,10 +1,21 @@
 """Layers of the networks: tanh layers, with what else is trained beside them."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from ..matmul import tanh_linear
+
+
+class TanhLinear(nn.Linear):
+    """A linear layer with tanh after it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """tanh(W h + b)."""
+        return tanh_linear(h, self.weight, self.bias)
 
 
 class Layers(nn.Sequential):
@@ -27,13 +38,13 @@ class Layers(nn.Sequential):
 
 def tanh_layers(widths: Sequence[int]) -> Layers:
     """Linear layers of these widths with tanh between them, Glorot-uniform weights and zero biases."""
-    layers: list[nn.Module] = []
-    for width_in, width_out in pairwise(widths):
-        linear = nn.Linear(width_in, width_out)
+    layers: dict[str, nn.Module] = {}
+    for i, (width_in, width_out) in enumerate(pairwise(widths), 2 - len(widths)):
+        linear = (TanhLinear if i else nn.Linear)(width_in, width_out)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.Tanh()]
-    return Layers(*layers[:-1])
+        layers[str(2 * len(layers))] = linear  # 0, 2, 4: the numbers that checkpoints have them by
+    return Layers(OrderedDict(layers))
 
 
 @torch.no_grad()
