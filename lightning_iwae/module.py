@@ -233,7 +233,7 @@ class IWModule(LightningModule):
         loss = self.loss(drawn)
         logged = self._is_logged
         looked_at = logged or self.device.type == "cpu"  # elsewhere a look makes the device wait
-        if looked_at and not torch.isfinite(loss):
+        if looked_at and not math.isfinite(loss.item()):
             self._failure = self._not_finite(batch, drawn)
             loss = loss * math.nan  # through the all-reduce it stops every process, and none waits for another
 
@@ -262,7 +262,8 @@ class IWModule(LightningModule):
         everything = [g for of_side in gradients.values() for g in of_side]
         if self._batches > 1 and everything:
             torch._foreach_div_(everything, self._batches)
-        self._finite = self._finite & torch.isfinite(nn.utils.get_total_norm(everything))
+        norm = nn.utils.get_total_norm(everything)
+        self._finite = self._finite & (math.isfinite(norm.item()) if looked_at else torch.isfinite(norm))
         if looked_at and not self._finite:
             names = [name for name, of_side in gradients.items() if not nn.utils.get_total_norm(of_side).isfinite()]
             failure = f"Step {self.global_step}: the {(names or ['generative'])[0]} network's gradient is not finite."

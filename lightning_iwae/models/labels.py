@@ -1,6 +1,8 @@
 """Labels: batches that have them, and networks that are conditional on them."""
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -66,5 +68,13 @@ def check_labels(network: Any, labels: bool) -> None:
 
 def takes_labels(network: Any) -> bool:
     """Whether a network is conditional: its posterior needs an argument besides x."""
-    parameters = inspect.signature(network.posterior).parameters.values()
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
+    method = network.posterior
+    function = getattr(method, "__func__", method)
+    return _arguments(function) - (function is not method) > 1
+
+
+@lru_cache
+def _arguments(function: Callable) -> int:
+    """How many must be given by position. Asked of every batch."""
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
