@@ -16,7 +16,7 @@ from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.models import MLP, bernoulli
 from lightning_iwae.models.bernoulli import BernoulliPixels, Compiled, eager, formula
 from lightning_iwae.models.likelihoods import compile_likelihoods
-from lightning_iwae.models.normal import DiagonalNormal
+from lightning_iwae.models.normal import DiagonalNormal, StandardNormal
 from lightning_iwae.module import IWModule, fused
 
 from .test_module import BATCHES, BreakAt, Fragile, fit, iw_module, mlp
@@ -172,6 +172,35 @@ def test_a_diagonal_normal_is_torchs():
     torch.testing.assert_close(wide.log_prob(z), theirs.log_prob(z), rtol=1e-13, atol=1e-12)
     standard = Independent(Normal(torch.zeros(X, dtype=torch.float64), 1.0), 1)
     torch.testing.assert_close(kl_divergence(ours, standard), kl_divergence(theirs, standard))
+
+
+def test_a_diagonal_normal_draws_what_torchs_does():
+    torch.manual_seed(0)
+    inputs = [torch.randn(B, X, dtype=torch.float64, requires_grad=True), torch.rand(X, dtype=torch.float64) + 0.5]
+    inputs[1].requires_grad_()
+    seed, found = torch.randn(S, B, X, dtype=torch.float64), []
+    for p in (DiagonalNormal(*inputs), Independent(Normal(*inputs), 1)):
+        torch.manual_seed(1)
+        z = p.rsample((S,))
+        found.append((z, *torch.autograd.grad(z, inputs, seed)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_the_standard_normal_is_torchs():
+    torch.manual_seed(0)
+    z = torch.randn(S, B, X, dtype=torch.float64, requires_grad=True)
+    ours, theirs = StandardNormal(X, z), Independent(Normal(torch.zeros_like(z[0, 0]), 1.0), 1)
+    assert (ours.batch_shape, ours.event_shape, ours.mean.dtype) == ((), (X,), torch.float64)
+    seed = torch.randn(S, B, dtype=torch.float64)
+    torch.testing.assert_close(ours.log_prob(z), theirs.log_prob(z), rtol=1e-13, atol=1e-12)
+    for order in (1, 2):
+        found = []
+        for p in (ours, theirs):
+            (g,) = torch.autograd.grad(p.log_prob(z), z, seed, create_graph=True)
+            found.append(g if order == 1 else torch.autograd.grad((g**2).sum(), z)[0])
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(ours.log_prob))(z[:, 0]), -z[:, 0])
 
 
 SHAPES = [(X,), (B, X), (S, B, X), (S, 1, X), (1,)]

@@ -14,6 +14,12 @@ class DiagonalNormal(Independent):
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__(Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """loc + scale noise, (*sample_shape, ..., Z), of the same noise as torch's."""
+        loc, scale = self.base_dist.loc, self.base_dist.scale
+        noise = loc.new_empty(torch.Size(sample_shape) + loc.shape).normal_()
+        return torch.addcmul(loc, noise, scale)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """-|e|^2 / 2 - sum log scale - Z / 2 log 2 pi with e = (value - loc) / scale, shape (...,). Nats."""
         loc, scale = self.base_dist.loc, self.base_dist.scale
@@ -29,6 +35,35 @@ class DiagonalNormal(Independent):
         """The same for a larger batch."""
         shape = torch.Size(batch_shape) + self.event_shape
         return DiagonalNormal(self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape))
+
+
+class StandardNormal(DiagonalNormal):
+    """N(0, I) of z (..., Z), in the type and on the device of `like`."""
+
+    def __init__(self, latent: int, like: Tensor) -> None:
+        super().__init__(like.new_zeros(latent), like.new_ones(latent))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """-|z|^2 / 2 - Z / 2 log 2 pi, shape (...,). Nats."""
+        normaliser = 0.5 * math.log(2 * math.pi) * value.shape[-1]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return -0.5 * value.square().sum(-1) - normaliser
+        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+            return _HalfSquare.apply(value) - normaliser
+
+
+class _HalfSquare(torch.autograd.Function):
+    """-|z|^2 / 2 over the last axis."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return torch.linalg.vector_norm(z, dim=-1).square_().mul_(-0.5)
+
+    @staticmethod
+    def backward(ctx: Any, seed: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return z * -seed.unsqueeze(-1)
 
 
 class _LogProb(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily
 from torch.func import functional_call
 
-from .normal import DiagonalNormal
+from .normal import DiagonalNormal, StandardNormal
 
 Name = Literal["standard", "normal", "mixture", "vamp"]
 
@@ -27,17 +27,15 @@ def make(name: Name, latent: int, pixels: int, components: int, posterior: str) 
 
 
 class Standard(nn.Module):
-    """N(0, I)."""
-
-    origin: Tensor  # (Z,)
+    """N(0, I), where the encoder is."""
 
     def __init__(self, latent: int) -> None:
         super().__init__()
-        self.register_buffer("origin", torch.zeros(latent), persistent=False)
+        self.latent = latent
 
-    def forward(self, encoder: Any = None) -> Distribution:
+    def forward(self, encoder: tuple[nn.Module, Any]) -> Distribution:
         """The prior."""
-        return DiagonalNormal(self.origin, torch.ones_like(self.origin))
+        return StandardNormal(self.latent, next(encoder[0].parameters()))
 
 
 class LearntNormal(nn.Module):

@@ -10,7 +10,7 @@ from torch.distributions import Distribution, Independent
 from . import likelihoods
 from .base import full_precision
 from .layers import check_widths, set_output, tanh_layers
-from .normal import DiagonalNormal
+from .normal import DiagonalNormal, StandardNormal
 
 Conditional = Callable[[Tensor], Distribution]
 
@@ -27,8 +27,6 @@ class TwoLayer(nn.Module):
         hidden: widths of the tanh layers between x and z1, and between z1 and z2; the decoder's in reverse.
         likelihood: p(x | z1), see `likelihoods`.
     """
-
-    origin: Tensor  # (Z2,)
 
     def __init__(
         self,
@@ -53,11 +51,10 @@ class TwoLayer(nn.Module):
                 "likelihood": likelihoods.make(likelihood, pixels),
             }
         )
-        self.register_buffer("origin", torch.zeros(Z2), persistent=False)
 
     def prior(self) -> Distribution:
         """p(z2) p(z1 | z2)."""
-        top = DiagonalNormal(self.origin, torch.ones_like(self.origin))
+        top = StandardNormal(self.latents[1], next(self.inference.parameters()))
         return Downwards(top, lambda z2: _normal(self.generative["second"], z2), self.latents[0])
 
     def posterior(self, x: Tensor) -> Distribution:
