@@ -30,7 +30,7 @@ test-slow: setup  ## Long statistics, real data, clusters, servers, faults; two 
 certify: setup  ## Check every estimator's expectation and write docs/estimators.md (a few minutes)
 	$(BIN)/python -m lightning_iwae certify --out docs/estimators.md
 
-bench: .venv-bench/installed  ## Measure speed and memory against others, write docs/performance.md (20 minutes)
+bench: .venv-bench/installed  ## Measure speed and memory against others, write docs/performance.md (15 minutes)
 	.venv-bench/bin/python -m benchmarks
 
 .venv-bench/installed: pyproject.toml constraints.txt benchmarks/requirements.txt

@@ -19,7 +19,7 @@ ABOUT = f"""\
 Measures what lightning_iwae costs, and writes docs/performance.md.
 
 Ways of doing the same work take turns in one process; what counts is the ratio of their times, round by round. All
-of it takes about 20 minutes on two idle cores, --quick about three. `make bench` runs it in an environment of its
+of it takes about 12 minutes on two idle cores, --quick about three. `make bench` runs it in an environment of its
 own, with pythae and JAX; what is not installed is left out, and the page says so.
 
 sections:

@@ -169,12 +169,12 @@ def of_fit(section: dict) -> dict:
 
 def of_scaling(rows: Sequence[dict]) -> list[tuple[str, ...]]:
     """Both ways, their ratio, and bytes."""
-    both = scaling.SYNCHRONISED, scaling.ALONE
+    reduced = scaling.SYNCHRONISED, scaling.MEETING
     return [
         (
             str(row["batch"]),
-            *(ms(row["times"][name]) for name in both),
-            with_quartiles(spread(ratios(*(row["times"][name] for name in both)))),
+            *(ms(row["times"][name]) for name in (*reduced, scaling.ALONE)),
+            *(with_quartiles(spread(ratios(row["times"][name], row["times"][scaling.ALONE]))) for name in reduced),
             megabytes(row["traffic"]),
         )
         for row in rows

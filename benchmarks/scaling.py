@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .timing import Step, timed
 from .ways import Work, adams, piwae_loss
 
 PROCESSES = 2
-SYNCHRONISED, ALONE = "with all-reduce", "without"
+SYNCHRONISED, MEETING, ALONE = "with all-reduce", "with one of a single number", "without"
 PARAMETERS = 425_284  # of the papers' network
 
 
@@ -44,12 +45,12 @@ def process(rank: int, folder: str, work: Work, plan: Plan) -> None:
     keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
-    steps = synchronised_and_alone(work)
+    steps = ways_of(work)
     calls, rounds = calls_and_rounds(steps[SYNCHRONISED], plan)
     times: dict[str, list[float]] = {name: [] for name in steps}
     sent = 0
     for i in range(rounds):
-        for name in sorted(steps, reverse=bool(i % 2)):
+        for name in rotated(list(steps), i):
             before = loopback()
             dist.barrier()
             times[name].append(timed(partial(together, steps[name], calls), 1) / calls)
@@ -60,23 +61,45 @@ def process(rank: int, folder: str, work: Work, plan: Plan) -> None:
     dist.destroy_process_group()
 
 
-def synchronised_and_alone(work: Work) -> dict[str, Step]:
-    """One and the same step of DDP, whose gradients are averaged over processes or not."""
+def ways_of(work: Work) -> dict[str, Step]:
+    """DDP's step, whose gradients are averaged over processes, or of these one number, or none."""
+    synchronised, alone = wrapped(work)
+    meeting, _ = wrapped(work, one_number)
+    return {SYNCHRONISED: synchronised, MEETING: meeting, ALONE: alone}
+
+
+def wrapped(work: Work, hook: Callable | None = None) -> tuple[Step, Step]:
+    """A step with DDP's all-reduce, or what `hook` puts in its place, and one without."""
     model, x = work.start()
-    wrapped, optimizers = DistributedDataParallel(Loss(model, work), bucket_cap_mb=BUCKET), adams(model)
+    ddp, optimizers = DistributedDataParallel(Loss(model, work), bucket_cap_mb=BUCKET), adams(model)
+    if hook is not None:
+        ddp.register_comm_hook(None, hook)
 
     def step() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        wrapped(x).backward()
+        ddp(x).backward()
         for optimizer in optimizers:
             optimizer.step()
 
     def alone() -> None:
-        with wrapped.no_sync():
+        with ddp.no_sync():
             step()
 
-    return {SYNCHRONISED: step, ALONE: alone}
+    return step, alone
+
+
+def one_number(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Processes wait for each other as they do in an all-reduce, and gradients stay as they are."""
+    gradients = bucket.buffer()
+    met = dist.all_reduce(gradients[:1].clone(), async_op=True).get_future()
+    return met.then(lambda _: gradients)
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """Another one first."""
+    by %= len(names)
+    return names[by:] + names[:by]
 
 
 class Loss(nn.Module):
@@ -92,13 +115,13 @@ class Loss(nn.Module):
 
 
 def calls_and_rounds(step: Step, plan: Plan) -> tuple[int, int]:
-    """Steps a block of about a quarter of a second, and as many rounds of two as fill the time; alike in both."""
+    """Steps a block of about a quarter of a second, and as many rounds of three as fill the time; alike in both."""
     for _ in range(5):
         step()
     seconds = torch.tensor(timed(step, 3), dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     calls = max(1, round(0.25 / seconds.item()))
-    return calls, max(plan.rounds, round(plan.seconds / (2 * calls * seconds.item())))
+    return calls, max(plan.rounds, round(plan.seconds / (3 * calls * seconds.item())))
 
 
 def together(step: Step, calls: int) -> None:

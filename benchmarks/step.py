@@ -27,7 +27,7 @@ MAKERS: dict[str, Callable[[Work], Step]] = {
     ways.BY_HAND_COMPILED: by_hand.by_hand_compiled,
     ways.STOCK_IWAE: ways.stock_iwae,
     ways.TWO_GRADS: ways.two_grads,
-    ways.TWO_GRADS_OURS: partial(ways.two_grads, own_log_prob=True),
+    ways.TWO_GRADS_OURS: partial(ways.two_grads, own_kernels=True),
     ways.PYTHAE: peers.pythae,
     ways.JAX: peers.jax_step,
     ways.JAX_IWAE: peers.jax_iwae,

@@ -18,6 +18,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 from lightning_iwae import Side, bounds, iw_loss
 from lightning_iwae.models import MLP
 from lightning_iwae.models.likelihoods import compile_likelihoods
+from lightning_iwae.weighing import Weighing
 
 from .timing import Step, Unavailable
 
@@ -35,7 +36,7 @@ BY_HAND = "by hand"
 BY_HAND_COMPILED = "by hand, compiled"
 STOCK_IWAE = "stock IWAE"
 TWO_GRADS = "stock PIWAE, two grads"
-TWO_GRADS_OURS = "PIWAE, two grads, our log_prob"
+TWO_GRADS_OURS = "PIWAE, two grads, our kernels"
 PYTHAE = "pythae PIWAE"
 JAX = "JAX PIWAE"
 JAX_IWAE = "JAX IWAE"
@@ -123,23 +124,31 @@ def stock_iwae(work: Work) -> Step:
     return stepper(work, iwae_loss)
 
 
-def two_gradients(model: MLP, log_w: Tensor, work: Work) -> list[Tensor]:
-    """Of minus each side's bound for its parameters, theta's first: two passes back through all of the graph."""
+def two_gradients(model: MLP, log_w: Tensor, work: Work, layers: Weighing | None = None) -> list[Tensor]:
+    """Of minus each side's bound for its parameters, theta's first: two passes back through all of the graph.
+
+    `layers`, if the package's were used, are told which gradients a pass is for, as torch's are by autograd.
+    """
     of_theta = -bounds.miwae(log_w.view(1, work.samples, -1)).mean()
     of_phi = -bounds.miwae(log_w.view(-1, work.phi, work.batch)).mean()
-    theta = grad(of_theta, list(model.generative.parameters()), retain_graph=True)
-    return [*theta, *grad(of_phi, list(model.inference.parameters()))]
+    theta, phi = list(model.generative.parameters()), list(model.inference.parameters())
+    with layers.backward(theta, None) if layers else nullcontext():
+        found = grad(of_theta, theta, retain_graph=True)
+    return [*found, *grad(of_phi, phi)]
 
 
-def two_grads(work: Work, own_log_prob: bool = False) -> Step:
-    """PIWAE by two calls of torch.autograd.grad; with the package's log p(x | z), if so wanted."""
+def two_grads(work: Work, own_kernels: bool = False) -> Step:
+    """PIWAE by two calls of torch.autograd.grad; with the package's layers and log p(x | z), if so wanted."""
     model, x = work.start()
     optimizers = adams(model)
     parameters = [*model.generative.parameters(), *model.inference.parameters()]
-    likelihood = model.parts[1] if own_log_prob else stock
+    likelihood = model.parts[1] if own_kernels else stock
 
     def step() -> None:
-        found = two_gradients(model, log_weights(model, x, work.samples, likelihood), work)
+        layers = Weighing(model.generative.parameters(), (work.samples, work.batch)) if own_kernels else None
+        with layers or nullcontext():
+            log_w = log_weights(model, x, work.samples, likelihood)
+        found = two_gradients(model, log_w, work, layers)
         for p, g in zip(parameters, found, strict=True):
             p.grad = g
         for optimizer in optimizers:
