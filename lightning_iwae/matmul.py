@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
 CPU = Path("/proc/cpuinfo")
-PLAIN = (Tensor, nn.Parameter)
 LEAST = 2**21  # multiplications, of which smaller products are left to torch: oneDNN takes longer to start
 
 
@@ -30,7 +30,7 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = F
     if torch.is_autocast_enabled("cpu") and h.device.type == "cpu":
         h, weight = _lowered(h), _lowered(weight)
         bias = None if bias is None else _lowered(bias)
-    if _onednn(h.numel() * len(weight), h, weight, bias):
+    if _onednn(h, weight, bias):
         return _by_onednn(h, weight, bias, tanh)
     out = F.linear(h, weight, bias)
     return out.tanh_() if tanh else out
@@ -48,7 +48,7 @@ def parameter_gradients(delta: Tensor, h: Tensor, a: Tensor | None) -> tuple[Ten
 
     Rows are not weighed where a is None. Leaves no graph.
     """
-    if delta.dtype != torch.float32 or not _onednn(delta.numel() * h.shape[1], delta, h):
+    if delta.dtype != torch.float32 or not _onednn(h.T, delta.T):
         return delta.T @ (h if a is None else h * a), delta.sum(0) if a is None else a.flatten() @ delta
     factors = h.new_empty(h.shape[1] + 1, len(h))  # the bias's is a row more
     if a is None:
@@ -85,14 +85,17 @@ def by_torch() -> Iterator[None]:
 
 
 def transformed() -> bool:
-    """Whether what is called now is compiled, or under torch.func."""
+    """Whether what is called now is compiled, under torch.func, or differentiated forwards."""
     return (
-        torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+        or forward_ad._current_level >= 0
     )
 
 
 def _by_onednn(h: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = False) -> Tensor:
-    """The call that torch.compile makes for F.linear."""
+    """The call that torch.compile makes for F.linear. It reads a bias without its strides."""
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(h, weight, bias, "tanh" if tanh else "none", [], "")
 
 
@@ -100,16 +103,22 @@ def _lowered(t: Tensor) -> Tensor:
     return t.to(torch.get_autocast_dtype("cpu")) if t.dtype == torch.float32 else t
 
 
-def _onednn(size: int, *factors: Tensor | None) -> bool:
-    """Whether oneDNN is to make a product of so many multiplications."""
-    assert factors[0] is not None
-    dtype = factors[0].dtype
+def _onednn(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN is to make this product: a layer's in the strict sense, as it checks little of what it gets."""
+    sizes = weight.ndim == 2 and h.ndim > 0 and h.shape[-1] == weight.shape[1]
     return (
-        size >= LEAST
+        sizes
+        and h.numel() * len(weight) >= LEAST
+        and (bias is None or bias.shape == weight.shape[:1])
         and bool(torch.backends.mkldnn.enabled)
-        and (mkl_lags() if dtype == torch.float32 else dtype == torch.bfloat16 and has_bf16())
-        and all(t is None or (t.dtype == dtype and t.device.type == "cpu" and type(t) in PLAIN) for t in factors)
+        and (mkl_lags() if h.dtype == torch.float32 else h.dtype == torch.bfloat16 and has_bf16())
+        and all(t is None or _plain(t, h.dtype) for t in (h, weight, bias))
     )
+
+
+def _plain(t: Tensor, dtype: torch.dtype) -> bool:
+    alike = t.dtype == dtype and t.device.type == "cpu" and t.layout == torch.strided
+    return alike and type(t) in (Tensor, nn.Parameter)
 
 
 @cache

@@ -16,7 +16,7 @@ without it where it is not.
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -312,18 +312,30 @@ def draw(
     model = checked(network, y)
     proof = _PROOFS[network].setdefault(_situation(model, x, samples, method, kl_weight), _Proof())
     proof.draws += 1
-    theta = [p for p in model.generative.parameters() if p.requires_grad]
-    weighing = Weighing(theta if method == "auto" and not proof.refuted else [], (samples, len(x)))
+    theta = trainable(model.generative)
+    weighing = weighing_of(model, x, samples, method)
 
     q = model.posterior(x) if q is None else q
     sampled = sample(model, q, x, samples, kl_weight, weighing)
     if proof.due:
         _check_apart(model, posterior=leaves(sampled.z, sampled.log_q), joint=leaves(sampled.log_p))
     drawn = Draw(model, q, *sampled, theta, weighed(sampled.log_p, model.generative), weighing)
+    if proof.refuted:
+        drawn.inside.clear()
     if proof.due:
         _prove(drawn, model.generative, proof)
     drawn.inside &= proof.proven
     return drawn
+
+
+def weighing_of(model: Any, x: Tensor, samples: int, method: Method) -> Weighing:
+    """That of theta's layers; none for "separate"."""
+    return Weighing(trainable(model.generative) if method == "auto" else [], (samples, len(x)))
+
+
+def trainable(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are to have a gradient."""
+    return [p for p in network.parameters() if p.requires_grad]
 
 
 def checked(network: Any, y: Tensor | None) -> Any:
@@ -353,7 +365,7 @@ def sample(
     x: Tensor,
     samples: int,
     kl_weight: float,
-    weighing: AbstractContextManager = nullcontext(),
+    weighing: AbstractContextManager,
 ) -> Sampled:
     """z (S, B, ...) ~ q, and the log-densities of `model` on it, the generative ones under `weighing`."""
     shape, device = (samples, len(x)), x.device.type

@@ -19,11 +19,10 @@ from torch.autograd import grad
 from torch.distributions import Distribution
 
 from . import bounds, routing
-from .matmul import Fast
 from .memory import Peak
 from .models.labels import given
 from .randomness import forked, noted, repeated
-from .routing import Draw, Method, Weights
+from .routing import Draw, Method, Weights, trainable
 from .sides import Side
 from .weighing import held_back
 
@@ -145,7 +144,9 @@ def in_slices(
     with torch.no_grad():
         for i, start in enumerate(starts):
             state = noted(x.device)
-            sampled = routing.sample(model, q, x, min(chunk, samples - start), kl_weight, Fast())
+            size = min(chunk, samples - start)
+            # As the second time, lest bf16 round otherwise.
+            sampled = routing.sample(model, q, x, size, kl_weight, routing.weighing_of(model, x, size, method))
             if i == 0:  # what stays is made once: bits of it among the large arrays that go would break up the heap
                 log_w = sampled.log_p.new_empty(samples, len(x))
                 states = [of_stream.new_empty(len(starts), len(of_stream)) for of_stream in state]
@@ -243,11 +244,6 @@ def _of_dreams(drawn: Slices, phi: Side, parameters: Sequence[Tensor]) -> tuple[
         for total, g in zip(sums, found, strict=True):
             total += g
     return tuple(sums)
-
-
-def trainable(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are to have a gradient."""
-    return [p for p in network.parameters() if p.requires_grad]
 
 
 # ------------------------------------------------------------------------------------------------ a chunk that fits

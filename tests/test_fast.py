@@ -201,6 +201,31 @@ def test_the_standard_normal_is_torchs():
             found.append(g if order == 1 else torch.autograd.grad((g**2).sum(), z)[0])
         torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(ours.log_prob))(z[:, 0]), -z[:, 0])
+    with pytest.raises(RuntimeError):
+        ours.log_prob(z[..., 1:])
+    low = StandardNormal(X, z.bfloat16())
+    assert low.mean.dtype == torch.float32 and low.log_prob(z.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [4.0, 12.0])
+def test_a_bright_image_keeps_its_digits(size):
+    """Of each pixel x * l and log(1 + exp l) are large and nearly alike: sums of each would lose what is between."""
+    torch.manual_seed(0)
+    x = torch.bernoulli(torch.full((100, 784), 0.8))
+    logits = size * (0.5 + torch.rand(100, 784)) * (2 * x - 1)
+    exact = Independent(Bernoulli(logits=logits.double()), 1).log_prob(x.double())
+    for kernel in (eager, formula):
+        assert (kernel(logits, x, False)[0] - exact).abs().max() < 1e-4
+    apart = (logits * x).sum(-1) - torch.nn.functional.softplus(logits).sum(-1)
+    assert (apart - exact).abs().max() > 2e-4
+
+
+def test_no_rows_and_one_row_are_rows(monkeypatch):
+    for shape in ((0, 5, 12), (3, 0, 12), (0, 12), (12,)):
+        logits = torch.randn(shape, requires_grad=True)
+        log_prob = BernoulliPixels(logits).log_prob(torch.ones(12))
+        assert log_prob.shape == shape[:-1]
+        assert torch.autograd.grad(log_prob.sum(), logits)[0].shape == shape
 
 
 SHAPES = [(X,), (B, X), (S, B, X), (S, 1, X), (1,)]

@@ -9,7 +9,7 @@ from lightning_iwae import Side, iw_loss, matmul
 from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.matmul import Fast, by_torch, linear, parameter_gradients
 from lightning_iwae.models import MLP
-from lightning_iwae.models.layers import TanhLinear
+from lightning_iwae.models.layers import Layers, is_tanh_linear
 from lightning_iwae.weighing import Weighing
 
 N, IN, OUT = 512, 60, 90
@@ -35,6 +35,10 @@ def tensors(dtype=torch.float32):
     torch.manual_seed(0)
     h, weight, *others = (torch.randn(*s, dtype=dtype) for s in ((N, IN), (OUT, IN), (OUT,), (N, OUT), (N, 1)))
     return [h, weight / IN**0.5, *others]
+
+
+def layers(tanh=True):
+    return Layers(nn.Linear(IN, OUT), *([nn.Tanh()] if tanh else []))
 
 
 def error(found, exact):
@@ -144,9 +148,9 @@ def test_other_products_stay_torchs(calls, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, TanhLinear])
-def test_fast_is_for_what_leaves_no_graph(calls, kind):
-    layer, h = kind(IN, OUT), tensors()[0].requires_grad_()
+@pytest.mark.parametrize("tanh", [False, True])
+def test_fast_is_for_what_leaves_no_graph(calls, tanh):
+    layer, h = layers(tanh), tensors()[0].requires_grad_()
     expected = layer(h).detach()
     with Fast():
         assert layer(h).requires_grad and not calls
@@ -158,9 +162,9 @@ def test_fast_is_for_what_leaves_no_graph(calls, kind):
     assert calls == [((N, IN), (OUT, IN))]
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, TanhLinear])
-def test_weighed_layers_go_by_it_forward_and_back(calls, kind):
-    layer, h = kind(IN, OUT), tensors()[0].requires_grad_()
+@pytest.mark.parametrize("tanh", [False, True])
+def test_weighed_layers_go_by_it_forward_and_back(calls, tanh):
+    layer, h = layers(tanh), tensors()[0].requires_grad_()
     with Weighing(layer.parameters(), (8, N // 8)) as mode:
         out = layer(h)
     a = torch.rand(8, N // 8)
@@ -190,3 +194,62 @@ def test_the_rule(monkeypatch, tmp_path, capability, vendor, lags):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(matmul, "CPU", info)
     assert matmul.mkl_lags.__wrapped__() is lags
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(2 * OUT)[::2], torch.randn(1).expand(OUT), torch.randn(()), torch.randn(1), torch.randn(1, OUT)],
+    ids=["strided", "expanded", "a number", "one", "a row"],
+)
+def test_any_bias_that_torch_takes_is_right(calls, bias, dtype):
+    h, weight, *_ = (t.to(dtype) for t in tensors())
+    bias = bias.to(dtype)
+    torch.testing.assert_close(linear(h, weight, bias), F.linear(h, weight, bias), rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward_ad's own
+def test_what_is_no_layer_is_left_to_torch(calls):
+    h, weight, *_ = tensors()
+    torch.testing.assert_close(linear(h, weight[0]), F.linear(h, weight[0]))
+    torch.testing.assert_close(linear(h, weight.to_sparse()), F.linear(h, weight))
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        linear(h, weight[:, 1:])
+    assert not calls
+    with Fast(), torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(h, torch.ones_like(h))
+        assert torch.autograd.forward_ad.unpack_dual(F.linear(dual, weight)).tangent is not None
+
+
+def test_layers_with_hooks_and_others_than_torchs_are_called_one_by_one(calls):
+    called, model = [], layers()
+    assert is_tanh_linear(model.numbered)
+    for layer in model:
+        handle = layer.register_forward_hook(lambda *_: called.append(1))
+        assert not is_tanh_linear(model.numbered)
+        model(tensors()[0])
+        handle.remove()
+    assert len(called) == 2 and is_tanh_linear(model.numbered)
+    model[0].forward = lambda h: h
+    assert not is_tanh_linear(model.numbered)
+    changed = layers()
+    torch.nn.utils.parametrizations.weight_norm(changed[0])
+    assert not is_tanh_linear(changed.numbered) and not is_tanh_linear(changed.numbered[1:])
+
+
+@pytest.mark.parametrize("method", ["auto", "separate"])
+@pytest.mark.parametrize("frozen", [None, 0, 2])
+def test_chunks_in_bf16_round_alike_both_times(calls, method, frozen):
+    """Weights so large that another order of rounding and tanh is told from the first pass."""
+    torch.manual_seed(0)
+    model, x = MLP(64, 5, [20, 20]), torch.bernoulli(torch.rand(8, 64))
+    with torch.no_grad():
+        for p in model.generative.parameters():
+            p.mul_(6)
+    if frozen is not None:
+        model.generative[frozen].requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        sides = {"theta": Side("iwae", 16), "phi": Side("iwae", 4)}
+        iw_loss(model, x, samples=16, chunk=4, method=method, **sides).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "sides": {"bounds", "estimators"},
     "routing": {"bounds", "derivatives", "sides", "weighing", "models.base", "models.labels"},
     "memory": set(),
-    "slices": {"bounds", "matmul", "memory", "models.labels", "randomness", "routing", "sides", "weighing"},
+    "slices": {"bounds", "memory", "models.labels", "randomness", "routing", "sides", "weighing"},
     "diagnostics": {"weights"},
     "evaluation": {"diagnostics", "matmul", "weights", "models.base"},
     "hmc": set(),

@@ -45,7 +45,8 @@ def _in_blocks(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tenso
         log_prob, delta = _in_blocks(logits.unsqueeze(0), x, gradient)
         return log_prob[0], None if delta is None else delta[0]
     x, y = x.expand_as(logits), (x - 1).expand_as(logits)
-    delta, sums = torch.empty_like(logits) if gradient else None, []
+    delta = torch.empty_like(logits) if gradient else None
+    log_prob = full_precision(logits[:0]).new_empty(logits.shape[:-1])
     rows = max(1, BLOCK // max(1, logits[:1].numel()))
     for block in (slice(start, start + rows) for start in range(0, len(logits), rows)):
         full = full_precision(logits[block])
@@ -53,19 +54,18 @@ def _in_blocks(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tenso
         u = e + 1 if gradient else e.add_(1)
         if delta is not None:
             torch.div(torch.addcmul(x[block], e, y[block], out=e), u, out=delta[block])
-        log_u = _sum_log(u)
-        sums.append(torch.mul(full, x[block], out=u).sum(-1).sub_(log_u))
-    return torch.cat(sums), delta
+        log_prob[block] = _less_logs(full * x[block], u).sum(-1)
+    return log_prob, delta
 
 
-def _sum_log(u: Tensor) -> Tensor:
-    """sum log u over the last axis, by one logarithm for up to 4 numbers, which are multiplied in place."""
+def _less_logs(v: Tensor, u: Tensor) -> Tensor:
+    """v - log u, added up over up to 4 pixels that share a logarithm; in place. What nearly cancels does so first."""
     X = u.shape[-1]
     for _ in range(2):
         if X % 2 == 0:
             X //= 2
-            u = u[..., :X].mul_(u[..., X:])
-    return u.log_().sum(-1)
+            v, u = v[..., :X].add_(v[..., X:]), u[..., :X].mul_(u[..., X:])
+    return v.sub_(u.log_())
 
 
 def formula(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -68,13 +68,16 @@ def check_labels(network: Any, labels: bool) -> None:
 
 def takes_labels(network: Any) -> bool:
     """Whether a network is conditional: its posterior needs an argument besides x."""
-    method = network.posterior
-    function = getattr(method, "__func__", method)
-    return _arguments(function) - (function is not method) > 1
+    function = inspect.getattr_static(type(network), "posterior", None)
+    if inspect.isfunction(function) and "posterior" not in vars(network):
+        return _arguments_of_class(function) > 2
+    return _arguments(network.posterior) > 1
 
 
-@lru_cache
 def _arguments(function: Callable) -> int:
-    """How many must be given by position. Asked of every batch."""
+    """How many must be given by position."""
     parameters = inspect.signature(function).parameters.values()
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+_arguments_of_class = lru_cache(_arguments)  # asked of every batch

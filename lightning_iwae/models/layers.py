@@ -1,21 +1,14 @@
 """Layers of the networks: tanh layers, with what else is trained beside them."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..matmul import tanh_linear
-
-
-class TanhLinear(nn.Linear):
-    """A linear layer with tanh after it."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        """tanh(W h + b)."""
-        return tanh_linear(h, self.weight, self.bias)
 
 
 class Layers(nn.Sequential):
@@ -23,28 +16,44 @@ class Layers(nn.Sequential):
 
     def forward(self, h: Tensor) -> Tensor:
         """What the last layer gives."""
-        for name, layer in self.named_children():
-            if name.isdigit():
-                h = layer(h)
+        layers = self.numbered
+        while layers:
+            if is_tanh_linear(layers):
+                h, layers = tanh_linear(h, layers[0].weight, layers[0].bias), layers[2:]
+            else:
+                h, layers = layers[0](h), layers[1:]
         return h
+
+    @property
+    def numbered(self) -> list[Any]:
+        """The layers, in order."""
+        return [layer for name, layer in self.named_children() if name.isdigit()]
 
     @property
     def last(self) -> nn.Linear:
         """The last numbered layer."""
-        numbered = [layer for name, layer in self.named_children() if name.isdigit()]
-        assert isinstance(numbered[-1], nn.Linear)
-        return numbered[-1]
+        last = self.numbered[-1]
+        assert isinstance(last, nn.Linear)
+        return last
+
+
+def is_tanh_linear(layers: Sequence[Any]) -> bool:
+    """Whether the first two are a linear layer and tanh as torch has them, and nobody hooks in between."""
+    if len(layers) < 2 or type(layers[0]) is not nn.Linear or type(layers[1]) is not nn.Tanh or _has_any_global_hook():
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any("forward" in vars(layer) or any(vars(layer)[hook] for hook in hooks) for layer in layers[:2])
 
 
 def tanh_layers(widths: Sequence[int]) -> Layers:
     """Linear layers of these widths with tanh between them, Glorot-uniform weights and zero biases."""
-    layers: dict[str, nn.Module] = {}
-    for i, (width_in, width_out) in enumerate(pairwise(widths), 2 - len(widths)):
-        linear = (TanhLinear if i else nn.Linear)(width_in, width_out)
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(widths):
+        linear = nn.Linear(width_in, width_out)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
-        layers[str(2 * len(layers))] = linear  # 0, 2, 4: the numbers that checkpoints have them by
-    return Layers(OrderedDict(layers))
+        layers += [linear, nn.Tanh()]
+    return Layers(*layers[:-1])
 
 
 @torch.no_grad()

@@ -38,14 +38,18 @@ class DiagonalNormal(Independent):
 
 
 class StandardNormal(DiagonalNormal):
-    """N(0, I) of z (..., Z), in the type and on the device of `like`."""
+    """N(0, I) of z (..., Z), on the device of `like`, in float64 if that is and else in float32."""
 
     def __init__(self, latent: int, like: Tensor) -> None:
-        super().__init__(like.new_zeros(latent), like.new_ones(latent))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        super().__init__(like.new_zeros(latent, dtype=dtype), like.new_ones(latent, dtype=dtype))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """-|z|^2 / 2 - Z / 2 log 2 pi, shape (...,). Nats."""
-        normaliser = 0.5 * math.log(2 * math.pi) * value.shape[-1]
+        loc = self.base_dist.loc
+        if value.dtype != loc.dtype or value.shape[-1:] != loc.shape:
+            return super().log_prob(value)
+        normaliser = 0.5 * math.log(2 * math.pi) * len(loc)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return -0.5 * value.square().sum(-1) - normaliser
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]

@@ -27,15 +27,16 @@ def make(name: Name, latent: int, pixels: int, components: int, posterior: str) 
 
 
 class Standard(nn.Module):
-    """N(0, I), where the encoder is."""
+    """N(0, I), where the encoder is, and of its type."""
 
     def __init__(self, latent: int) -> None:
         super().__init__()
         self.latent = latent
 
-    def forward(self, encoder: tuple[nn.Module, Any]) -> Distribution:
+    def forward(self, encoder: tuple[nn.Module, Any] | None = None) -> Distribution:
         """The prior."""
-        return StandardNormal(self.latent, next(encoder[0].parameters()))
+        like = None if encoder is None else next(encoder[0].parameters(), None)
+        return StandardNormal(self.latent, torch.empty(0) if like is None else like)
 
 
 class LearntNormal(nn.Module):
