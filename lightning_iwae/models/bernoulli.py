@@ -54,17 +54,19 @@ def _in_blocks(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tenso
         u = e + 1 if gradient else e.add_(1)
         if delta is not None:
             torch.div(torch.addcmul(x[block], e, y[block], out=e), u, out=delta[block])
-        log_prob[block] = _less_logs(full * x[block], u).sum(-1)
+        log_prob[block] = _less_logs(full, x[block], u).sum(-1)
     return log_prob, delta
 
 
-def _less_logs(v: Tensor, u: Tensor) -> Tensor:
-    """v - log u, added up over up to 4 pixels that share a logarithm; in place. What nearly cancels does so first."""
-    X = u.shape[-1]
-    for _ in range(2):
-        if X % 2 == 0:
-            X //= 2
-            v, u = v[..., :X].add_(v[..., X:]), u[..., :X].mul_(u[..., X:])
+def _less_logs(logits: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    """x * l - log u, added up over up to 4 pixels that share a logarithm: what nearly cancels does so first. Spoils u."""
+    if logits.shape[-1] % 2:
+        return torch.mul(logits, x).sub_(u.log_())
+    (l1, l2), (x1, x2), (u1, u2) = (t.tensor_split(2, -1) for t in (logits, x, u))
+    v, u = (l1 * x1).addcmul_(l2, x2), u1.mul_(u2)
+    if v.shape[-1] % 2 == 0:
+        (v1, v2), (u1, u2) = (t.tensor_split(2, -1) for t in (v, u))
+        v, u = v1.add_(v2), u1.mul_(u2)
     return v.sub_(u.log_())
 
 
