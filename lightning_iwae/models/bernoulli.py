@@ -59,7 +59,7 @@ def _in_blocks(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tenso
 
 
 def _less_logs(logits: Tensor, x: Tensor, u: Tensor) -> Tensor:
-    """x * l - log u, added up over up to 4 pixels that share a logarithm: what nearly cancels does so first. Spoils u."""
+    """x * l - log u, added up over up to 4 pixels that share a logarithm: what nearly cancels, first. Spoils u."""
     if logits.shape[-1] % 2:
         return torch.mul(logits, x).sub_(u.log_())
     (l1, l2), (x1, x2), (u1, u2) = (t.tensor_split(2, -1) for t in (logits, x, u))
