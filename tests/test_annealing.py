@@ -240,9 +240,9 @@ def test_px_of_a_decoder_network_by_quadrature():
     torch.set_default_dtype(torch.float64)
     model = MLP(pixels=9, latent=1, hidden=[16])
     with torch.no_grad():
-        for layer in model.generative:
-            layer.weight.mul_(2)  # far from linear
-            layer.bias.normal_()
+        for layer in (0, 2):
+            model.generative[layer].weight.mul_(2)  # far from linear
+            model.generative[layer].bias.normal_()
         nodes, weights = np.polynomial.hermite_e.hermegauss(200)
         x = torch.bernoulli(torch.full((3, 9), 0.5))
         log_lik = model.likelihood(torch.from_numpy(nodes).view(200, 1, 1)).log_prob(x)
