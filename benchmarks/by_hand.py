@@ -101,7 +101,9 @@ def backward(layers: Layers, inputs: list[Tensor], delta: Tensor, a: Tensor | No
     """Gradients of weights and biases, rows weighed by a; and that of the first input, by rows, if there is an `a`."""
     found: list[Tensor] = []
     for (weight, _), h in zip(reversed(layers), reversed(inputs), strict=True):
-        found = [*parameter_gradients(delta, h, a), *found]
+        of_weight, of_bias = parameter_gradients(delta, h, a)
+        assert of_bias is not None
+        found = [of_weight, of_bias, *found]
         if h is not inputs[0]:
             delta = torch.ops.aten.tanh_backward(linear(delta, weight.T), h)
     return found, delta if a is None else linear(delta, layers[0][0].T)

@@ -1,4 +1,4 @@
-"""What autograd Functions say of second derivatives."""
+"""What autograd Functions leave to others: derivatives of derivatives, and those that torch.func takes."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -25,3 +25,8 @@ def no_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *seeds)
 
     return only_once
+
+
+def under_torch_func() -> bool:
+    """Whether torch.func takes derivatives of its own of what is called now, or maps it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
+from .derivatives import under_torch_func
+
 CPU = Path("/proc/cpuinfo")
 LEAST = 2**21  # multiplications, of which smaller products are left to torch: oneDNN takes longer to start
 
@@ -43,13 +45,16 @@ def tanh_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.tanh(F.linear(h, weight, bias))
 
 
-def parameter_gradients(delta: Tensor, h: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor]:
+def parameter_gradients(delta: Tensor, h: Tensor, a: Tensor | None, bias: bool = True) -> tuple[Tensor, Tensor | None]:
     """sum a delta h.T and sum a delta over rows, (out, in) and (out,), for delta (N, out), h (N, in) and a (N, 1).
 
-    Rows are not weighed where a is None. Leaves no graph.
+    Rows are not weighed where a is None; without `bias` the second may be None. Leaves no graph.
     """
     if delta.dtype != torch.float32 or not _onednn(h.T, delta.T):
-        return delta.T @ (h if a is None else h * a), delta.sum(0) if a is None else a.flatten() @ delta
+        of_weight = delta.T @ (h if a is None else h * a)
+        if not bias:
+            return of_weight, None
+        return of_weight, delta.sum(0) if a is None else a.flatten() @ delta
     factors = h.new_empty(h.shape[1] + 1, len(h))  # the bias's is a row more
     if a is None:
         factors[:-1], factors[-1] = h.T, 1.0
@@ -86,11 +91,7 @@ def by_torch() -> Iterator[None]:
 
 def transformed() -> bool:
     """Whether what is called now is compiled, under torch.func, or differentiated forwards."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or under_torch_func() or forward_ad._current_level >= 0
 
 
 def _by_onednn(h: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = False) -> Tensor:

@@ -135,7 +135,7 @@ class _Linear(torch.autograd.Function):
             a = mode.factor(delta)
             if a is not None:
                 a = a.expand(*delta.shape[:-1], 1).flatten(0, -2)
-            of_weight, of_bias = parameter_gradients(rows, h.to(delta.dtype).flatten(0, -2), a)
+            of_weight, of_bias = parameter_gradients(rows, h.to(delta.dtype).flatten(0, -2), a, bias is not None)
             weight_grad = of_weight if weight in mode.wanted else weight_grad
             bias_grad = of_bias if bias in mode.wanted else bias_grad
         return None, None, h_grad, weight_grad, bias_grad

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_version": set(),
     "weights": set(),
     "derivatives": set(),
-    "matmul": set(),
+    "matmul": {"derivatives"},
     "weighing": {"derivatives", "matmul"},
     "randomness": set(),
     "models": {"derivatives", "matmul"},

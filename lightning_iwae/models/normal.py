@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from ..derivatives import under_torch_func
+
 
 class DiagonalNormal(Independent):
     """N(loc, diag scale^2) from loc and scale (..., Z), all Z one event."""
@@ -25,7 +27,7 @@ class DiagonalNormal(Independent):
         loc, scale = self.base_dist.loc, self.base_dist.scale
         if loc.shape[-1] == 1 and value.ndim:  # one for all of Z
             loc, scale = (t.expand(*t.shape[:-1], value.shape[-1]) for t in (loc, scale))
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func takes its own derivatives
+        if under_torch_func():  # torch.func takes its own derivatives
             e = (value - loc) / scale
             return -0.5 * e.square().sum(-1) - _log_normaliser(scale)
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # no layers here for `weighing` to see
@@ -50,7 +52,7 @@ class StandardNormal(DiagonalNormal):
         if value.dtype != loc.dtype or value.shape[-1:] != loc.shape:
             return super().log_prob(value)
         normaliser = 0.5 * math.log(2 * math.pi) * len(loc)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if under_torch_func():
             return -0.5 * value.square().sum(-1) - normaliser
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
             return _HalfSquare.apply(value) - normaliser
