@@ -313,7 +313,7 @@ def draw(
     proof = _PROOFS[network].setdefault(_situation(model, x, samples, method, kl_weight), _Proof())
     proof.draws += 1
     theta = trainable(model.generative)
-    weighing = weighing_of(model, x, samples, method)
+    weighing = weighing_of(theta, x, samples, method)
 
     q = model.posterior(x) if q is None else q
     sampled = sample(model, q, x, samples, kl_weight, weighing)
@@ -328,9 +328,9 @@ def draw(
     return drawn
 
 
-def weighing_of(model: Any, x: Tensor, samples: int, method: Method) -> Weighing:
+def weighing_of(theta: list[nn.Parameter], x: Tensor, samples: int, method: Method) -> Weighing:
     """That of theta's layers; none for "separate"."""
-    return Weighing(trainable(model.generative) if method == "auto" else [], (samples, len(x)))
+    return Weighing(theta if method == "auto" else [], (samples, len(x)))
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:

@@ -140,13 +140,14 @@ def in_slices(
     """`draw` in slices, be it only one."""
     model = routing.checked(network, y)
     q = model.posterior(x) if q is None else q
-    starts = range(0, samples, chunk)
+    starts, theta = range(0, samples, chunk), trainable(model.generative)
     with torch.no_grad():
         for i, start in enumerate(starts):
             state = noted(x.device)
             size = min(chunk, samples - start)
             # As the second time, lest bf16 round otherwise.
-            sampled = routing.sample(model, q, x, size, kl_weight, routing.weighing_of(model, x, size, method))
+            weighing = routing.weighing_of(theta, x, size, method)
+            sampled = routing.sample(model, q, x, size, kl_weight, weighing)
             if i == 0:  # what stays is made once: bits of it among the large arrays that go would break up the heap
                 log_w = sampled.log_p.new_empty(samples, len(x))
                 states = [of_stream.new_empty(len(starts), len(of_stream)) for of_stream in state]
