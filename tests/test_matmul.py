@@ -1,5 +1,7 @@
 """The products of linear layers by oneDNN: as exact as torch's own, and taken only where they are meant to be."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,17 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture
 def calls(monkeypatch):
     """Shapes of what oneDNN is given, on any processor and at any size."""
-    made, by_onednn = [], matmul._by_onednn
+    made, onednn = [], matmul._onednn
 
-    def noted(h, weight, *others):
-        made.append((tuple(h.shape), tuple(weight.shape)))
-        return by_onednn(h, weight, *others)
+    def noted(h, weight, bias=None):
+        given = onednn(h, weight, bias)
+        if given:
+            made.append((tuple(h.shape), tuple(weight.shape)))
+        return given
 
     monkeypatch.setattr(matmul, "mkl_lags", lambda: True)
     monkeypatch.setattr(matmul, "LEAST", 1)
-    monkeypatch.setattr(matmul, "_by_onednn", noted)
+    monkeypatch.setattr(matmul, "_onednn", noted)
     return made
 
 
@@ -88,16 +92,50 @@ def test_under_autocast_a_layer_is_rounded_to_bfloat16_once(calls, tanh):
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("weigh", [True, False])
-def test_parameters_gradients_are_autograds_of_the_weighed_sum(calls, weigh):
+def test_parameters_gradients_are_autograds_of_the_weighed_sum(calls, monkeypatch, weigh, full):
+    if not full:
+        monkeypatch.setattr(matmul, "lower_is_full", lambda: False)
     h, weight, b, delta, a = tensors()
     seed = delta * a if weigh else delta
     weight, b = (t.double().requires_grad_() for t in (weight, b))
     exact = torch.autograd.grad(F.linear(h.double(), weight, b), (weight, b), seed.double())
     found = parameter_gradients(delta, h, a if weigh else None)
-    assert calls == [((IN + 1, N), (OUT, N))]
+    assert calls == [((IN, N), (OUT, N))]
     for ours, theirs in zip(found, exact, strict=True):
         assert ours.shape == theirs.shape and error(ours, theirs) < 2e-6
+
+
+@pytest.mark.skipif(not matmul.has_bf16(), reason="no products of bfloat16 by oneDNN here")
+@pytest.mark.parametrize("weigh", [True, False])
+def test_parameters_gradients_of_bfloat16_are_summed_in_float32(calls, weigh):
+    """What is rounded: a factor weighed and, once, the sum; beside it what sums in bfloat16 give."""
+    h, _, _, delta, a = tensors(torch.bfloat16)
+    a = a if weigh else torch.ones_like(a)
+    exact = delta.double().T @ (h * a).double(), (delta.double() * a).sum(0)
+    found = parameter_gradients(delta, h, a if weigh else None)
+    assert calls == [((IN, N), (OUT, N))]
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.dtype == torch.bfloat16 and ours.shape == theirs.shape
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=1e-4)
+    in_turn = delta.new_zeros(OUT)
+    for row in delta * a:
+        in_turn = in_turn + row
+    assert error(in_turn, exact[1]) > 2**-8
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="older torch has no setting of oneDNN alone")
+def test_leave_to_round_is_found_out_where_it_is_used_and_is_taken_back(monkeypatch):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(KeyError), matmul.lower():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    monkeypatch.setattr(matmul, "lower", nullcontext)
+    assert matmul.lower_is_full.__wrapped__()
+    monkeypatch.setattr(matmul, "lower", lambda: torch.autocast("cpu", torch.bfloat16))
+    assert not matmul.lower_is_full.__wrapped__()
 
 
 def test_numbers_of_16_bits_inside_would_be_found(calls):
@@ -136,8 +174,7 @@ def test_other_products_stay_torchs(calls, monkeypatch):
             assert linear(h, weight, b).dtype == torch.bfloat16
             assert linear(*(t.double() for t in (h, weight, b))).dtype == torch.float64
     linear(*(t.double() for t in (h, weight, b)))
-    for dtype in (torch.float64, torch.bfloat16):
-        parameter_gradients(*(t.to(dtype) for t in (delta, h, a)))
+    parameter_gradients(*(t.double() for t in (delta, h, a)))
     linear(*(t.to("meta") for t in (h, weight, b)))
     monkeypatch.setattr(matmul, "LEAST", N * IN * OUT + 1)
     linear(h, weight, b)
@@ -175,7 +212,7 @@ def test_weighed_layers_go_by_it_forward_and_back(calls, tanh):
     exact += torch.autograd.grad(layer(h.double()), list(layer.parameters()), a.double().view(N, 1).expand(N, OUT))
     for ours, theirs in zip(found, exact, strict=True):
         assert ours.shape == theirs.shape and error(ours, theirs.double()) < 2e-6
-    assert calls == [((N, IN), (OUT, IN)), ((N, OUT), (IN, OUT)), ((IN + 1, N), (OUT, N))]
+    assert calls == [((N, IN), (OUT, IN)), ((N, OUT), (IN, OUT)), ((IN, N), (OUT, N))]
 
 
 @pytest.mark.parametrize(
