@@ -29,7 +29,7 @@ from .timing import Step, timed
 from .ways import Work, adams, piwae_loss
 
 ROOT = Path(__file__).parents[1]
-FIT, LOOP, READING, SNR, EMPTY = "fit", "bare loop", "reading", "SNR", "Lightning alone"
+FIT, INSIDE, LOOP, READING, SNR, EMPTY = "fit", "training_step", "bare loop", "reading", "SNR", "Lightning alone"
 
 
 class TakingTurns(Callback):
@@ -45,10 +45,16 @@ class TakingTurns(Callback):
 
     def __init__(self, out: str, block: int, batch: int, samples: int, draws: int) -> None:
         self.out, self.block, self.draws, self.work = Path(out), block, draws, Work(batch, samples)
-        self.times: dict[str, list[float]] = {FIT: [], LOOP: [], READING: [], SNR: []}
+        self.times: dict[str, list[float]] = {FIT: [], INSIDE: [], LOOP: [], READING: [], SNR: []}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The loop starts from the fit's weights."""
+        """The loop starts from the fit's weights. Of a step of fit, what passes in the module's own is noted."""
+        own, self._inside = pl_module.training_step, 0.0
+
+        def training_step(*args: Any) -> None:
+            self._inside += timed(lambda: own(*args), 1)
+
+        pl_module.training_step = training_step
         self._loop = bare_loop(copy.deepcopy(pl_module.network), self.work)
         self._batches = iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         self._start = time.perf_counter()
@@ -58,10 +64,11 @@ class TakingTurns(Callback):
         if trainer.global_step % self.block:
             return
         self.times[FIT].append((time.perf_counter() - self._start) / self.block)
+        self.times[INSIDE].append(self._inside / self.block)
         self.times[LOOP].append(timed(self._loop, self.block))
         self.times[READING].append(timed(lambda: next(self._batches), self.block))
         self.times[SNR].append(timed(lambda: measure(pl_module, batch, self.draws), 1))
-        self._start = time.perf_counter()
+        self._inside, self._start = 0.0, time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The first block is warm-up, of all."""

@@ -159,6 +159,7 @@ def of_fit(section: dict) -> dict:
     names = {
         fit.LOOP: "a step of the bare loop",
         fit.FIT: "a step of fit",
+        fit.INSIDE: "of it, in `IWModule.training_step`",
         fit.EMPTY: "what Lightning adds to a step that does next to nothing",
         fit.READING: "a batch: read, binarised, seeded",
         fit.SNR: f"a measurement of the SNR by {section['draws']} draws",

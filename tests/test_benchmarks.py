@@ -209,7 +209,7 @@ def test_sections_of_one_process_run():
 @pytest.mark.slow
 def test_fit_takes_turns():
     times = fit.run(TINY)["times"]
-    assert {name: len(own) for name, own in times.items()} == dict.fromkeys(times, 2) and len(times) == 5
+    assert {name: len(own) for name, own in times.items()} == dict.fromkeys(times, 2) and len(times) == 6
 
 
 @pytest.mark.slow
@@ -274,6 +274,7 @@ def made_up():
             "draws": 100,
             "times": {
                 fit.FIT: [1.1, 1.0],
+                fit.INSIDE: [1.05, 1.0],
                 fit.LOOP: [1, 1],
                 fit.SNR: [90, 90],
                 fit.READING: [0.01, 0.01],
