@@ -21,17 +21,22 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture
 def calls(monkeypatch):
     """Shapes of what oneDNN is given, on any processor and at any size."""
-    made, onednn = [], matmul._onednn
+    made, layer, product = [], matmul._layer, matmul._product
 
-    def noted(h, weight, bias=None):
-        given = onednn(h, weight, bias)
-        if given:
-            made.append((tuple(h.shape), tuple(weight.shape)))
-        return given
+    def noted_layer(h, weight, *others):
+        made.append((tuple(h.shape), tuple(weight.shape)))
+        return layer(h, weight, *others)
+
+    def noted_product(left, right):
+        before = len(made)
+        out = product(left, right)
+        made[before:] = [(tuple(left.shape), tuple(right.T.shape))]  # one, if by way of a layer too
+        return out
 
     monkeypatch.setattr(matmul, "mkl_lags", lambda: True)
     monkeypatch.setattr(matmul, "LEAST", 1)
-    monkeypatch.setattr(matmul, "_onednn", noted)
+    monkeypatch.setattr(matmul, "_layer", noted_layer)
+    monkeypatch.setattr(matmul, "_product", noted_product)
     return made
 
 
@@ -102,7 +107,7 @@ def test_parameters_gradients_are_autograds_of_the_weighed_sum(calls, monkeypatc
     weight, b = (t.double().requires_grad_() for t in (weight, b))
     exact = torch.autograd.grad(F.linear(h.double(), weight, b), (weight, b), seed.double())
     found = parameter_gradients(delta, h, a if weigh else None)
-    assert calls == [((IN, N), (OUT, N))]
+    assert calls == [((IN + 1, N), (OUT, N))]
     for ours, theirs in zip(found, exact, strict=True):
         assert ours.shape == theirs.shape and error(ours, theirs) < 2e-6
 
@@ -115,7 +120,7 @@ def test_parameters_gradients_of_bfloat16_are_summed_in_float32(calls, weigh):
     a = a if weigh else torch.ones_like(a)
     exact = delta.double().T @ (h * a).double(), (delta.double() * a).sum(0)
     found = parameter_gradients(delta, h, a if weigh else None)
-    assert calls == [((IN, N), (OUT, N))]
+    assert calls == [((IN + 1, N), (OUT, N))]
     for ours, theirs in zip(found, exact, strict=True):
         assert ours.dtype == torch.bfloat16 and ours.shape == theirs.shape
         torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=1e-4)
@@ -173,6 +178,8 @@ def test_other_products_stay_torchs(calls, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(h, weight, b).dtype == torch.bfloat16
             assert linear(*(t.double() for t in (h, weight, b))).dtype == torch.float64
+        for dtype in (torch.float32, torch.bfloat16):
+            parameter_gradients(*(t.to(dtype) for t in (delta, h, a)))
     linear(*(t.double() for t in (h, weight, b)))
     parameter_gradients(*(t.double() for t in (delta, h, a)))
     linear(*(t.to("meta") for t in (h, weight, b)))
@@ -212,7 +219,7 @@ def test_weighed_layers_go_by_it_forward_and_back(calls, tanh):
     exact += torch.autograd.grad(layer(h.double()), list(layer.parameters()), a.double().view(N, 1).expand(N, OUT))
     for ours, theirs in zip(found, exact, strict=True):
         assert ours.shape == theirs.shape and error(ours, theirs.double()) < 2e-6
-    assert calls == [((N, IN), (OUT, IN)), ((N, OUT), (IN, OUT)), ((IN, N), (OUT, N))]
+    assert calls == [((N, IN), (OUT, IN)), ((N, OUT), (IN, OUT)), ((IN + 1, N), (OUT, N))]
 
 
 @pytest.mark.parametrize(
