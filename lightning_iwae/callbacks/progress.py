@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's, drawn ten times a second at most: to write a line takes 0.3 ms, some per cent of a small step."""
+    """Lightning's, drawn twice a second at most: ten times would cost every small step a per cent."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -15,7 +15,7 @@ class Progress(TQDMProgressBar):
 
     def _should_update(self, current: int, total: Any) -> bool:
         now = time.monotonic()
-        if not super()._should_update(current, total) or (current < total and now < self._drawn_at + 0.1):
+        if not super()._should_update(current, total) or (current < total and now < self._drawn_at + 0.5):
             return False
         self._drawn_at = now
         return True
