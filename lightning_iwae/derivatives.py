@@ -27,6 +27,24 @@ def no_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     return only_once
 
 
+def asked(ctx: Any) -> list[bool]:
+    """Of which of its inputs an autograd Function's backward is to give gradients in the pass that is under way.
+
+    `ctx.needs_input_grad` tells of which it may ever be: a pass for z alone has no use for those of q's parameters.
+    Of leaves autograd does not tell.
+    """
+    goes_on = torch._C._will_engine_execute_node  # type: ignore[attr-defined]
+    return [
+        needed and (hasattr(following, "variable") or goes_on(following))
+        for needed, (following, _) in zip(ctx.needs_input_grad, ctx.next_functions, strict=True)
+    ]
+
+
+def all_ones(seed: Tensor) -> bool:
+    """Whether it is known that a gradient is all ones; on a GPU a look would make it wait."""
+    return seed.device.type == "cpu" and bool((seed == 1).all())
+
+
 def under_torch_func() -> bool:
     """Whether torch.func takes derivatives of its own of what is called now, or maps it."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]

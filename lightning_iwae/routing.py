@@ -29,7 +29,7 @@ from torch.autograd import grad
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from . import bounds
-from .derivatives import no_second_derivative
+from .derivatives import all_ones, no_second_derivative
 from .models.base import check_model, draw_posterior
 from .models.labels import given
 from .sides import Side, without_path
@@ -196,7 +196,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @no_second_derivative
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *torch._foreach_mul(ctx.gradients, seed)
+        return None, None, *(ctx.gradients if all_ones(seed) else torch._foreach_mul(ctx.gradients, seed))
 
 
 def separate(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Tensor | None]:

@@ -130,15 +130,14 @@ class _Linear(torch.autograd.Function):
             delta = torch.ops.aten.tanh_backward(delta, tanh)
         rows = delta.flatten(0, -2)
         h_grad = linear(rows, weight.to(delta.dtype).T).view_as(h) if ctx.needs_input_grad[2] else None
-        weight_grad, bias_grad = _unwanted(weight), _unwanted(bias)
-        if not mode.wanted.isdisjoint((weight, bias)):
-            a = mode.factor(delta)
-            if a is not None:
-                a = a.expand(*delta.shape[:-1], 1).flatten(0, -2)
-            of_weight, of_bias = parameter_gradients(rows, h.to(delta.dtype).flatten(0, -2), a, bias is not None)
-            weight_grad = of_weight if weight in mode.wanted else weight_grad
-            bias_grad = of_bias if bias in mode.wanted else bias_grad
-        return None, None, h_grad, weight_grad, bias_grad
+        if mode.wanted.isdisjoint((weight, bias)):
+            return None, None, h_grad, _unwanted(weight), _unwanted(bias)
+        a = mode.factor(delta)
+        if a is not None:
+            a = a.expand(*delta.shape[:-1], 1).flatten(0, -2)
+        of_weight, of_bias = parameter_gradients(rows, h.to(delta.dtype).flatten(0, -2), a, bias is not None)
+        weight_grad = of_weight if weight in mode.wanted else _unwanted(weight)
+        return None, None, h_grad, weight_grad, of_bias if bias in mode.wanted else _unwanted(bias)
 
 
 class _Convolution(torch.autograd.Function):

@@ -11,12 +11,13 @@ import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
 from lightning_iwae import Side, iw_loss, routing
+from lightning_iwae.derivatives import asked
 from lightning_iwae.estimators import PHI, THETA
 from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.models import MLP, bernoulli
 from lightning_iwae.models.bernoulli import BernoulliPixels, Compiled, eager, formula
 from lightning_iwae.models.likelihoods import compile_likelihoods
-from lightning_iwae.models.normal import DiagonalNormal, StandardNormal
+from lightning_iwae.models.normal import DiagonalNormal, standard_normal
 from lightning_iwae.module import IWModule, fused
 
 from .test_module import BATCHES, BreakAt, Fragile, fit, iw_module, mlp
@@ -190,7 +191,7 @@ def test_a_diagonal_normal_draws_what_torchs_does():
 def test_the_standard_normal_is_torchs():
     torch.manual_seed(0)
     z = torch.randn(S, B, X, dtype=torch.float64, requires_grad=True)
-    ours, theirs = StandardNormal(X, z), Independent(Normal(torch.zeros_like(z[0, 0]), 1.0), 1)
+    ours, theirs = standard_normal(X, z), Independent(Normal(torch.zeros_like(z[0, 0]), 1.0), 1)
     assert (ours.batch_shape, ours.event_shape, ours.mean.dtype) == ((), (X,), torch.float64)
     seed = torch.randn(S, B, dtype=torch.float64)
     torch.testing.assert_close(ours.log_prob(z), theirs.log_prob(z), rtol=1e-13, atol=1e-12)
@@ -203,8 +204,66 @@ def test_the_standard_normal_is_torchs():
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(ours.log_prob))(z[:, 0]), -z[:, 0])
     with pytest.raises(RuntimeError):
         ours.log_prob(z[..., 1:])
-    low = StandardNormal(X, z.bfloat16())
+    low = standard_normal(X, z.bfloat16())
     assert low.mean.dtype == torch.float32 and low.log_prob(z.bfloat16()).dtype == torch.float32
+
+
+def test_the_standard_normal_is_made_once_and_can_be_trained_with_after_an_evaluation():
+    like = torch.zeros(1)
+    with torch.inference_mode():
+        p = standard_normal(23, like)
+    assert standard_normal(23, like) is p and standard_normal(23, like.double()) is not p
+    seen = []
+    for q in (p, Independent(Normal(torch.zeros(23), torch.ones(23)), 1)):
+        scale = torch.ones(23, requires_grad=True)
+        kl_divergence(DiagonalNormal(torch.zeros(23), 2 * scale), q).sum().backward()  # keeps the prior's tensors
+        seen.append(scale.grad)
+    torch.testing.assert_close(*seen)
+
+
+def test_a_backward_is_told_what_is_asked_for():
+    told = []
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            return sum(tensors)
+
+        @staticmethod
+        def backward(ctx, seed):
+            told.append(asked(ctx))
+            return seed, seed, seed, seed
+
+    leaf, constant = torch.ones(1, requires_grad=True), torch.ones(1)
+    a, b = 2 * leaf, 3 * leaf
+    out = Sum.apply(a, b, leaf, constant)
+    for inputs in (a, b, (a, b), leaf):
+        torch.autograd.grad(out, inputs, retain_graph=True)
+    out.backward()
+    assert told == [
+        [True, False, True, False],  # of a leaf autograd does not tell
+        [False, True, True, False],
+        [True, True, True, False],
+        [True, True, True, False],
+        [True, True, True, False],
+    ]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_loss_can_be_differentiated_again_and_in_parts(scale):
+    """Its gradients are handed on as they are where nothing scales them: not to be added to in place."""
+    torch.manual_seed(0)
+    model, x = MLP(5, 3, [4]).double(), torch.rand(4, 5).round().double()
+    parameters = list(model.parameters())
+    loss = scale * iw_loss(model, x, samples=6, theta=Side("iwae", 6), phi=Side("iwae", 3))
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for p, g in zip(parameters, first, strict=True):
+        torch.testing.assert_close(p.grad, 3 * g, rtol=1e-13, atol=1e-13)
+    seed = torch.tensor(0.25, dtype=torch.float64)
+    for g, h in zip(first, torch.autograd.grad(loss, parameters, seed), strict=True):
+        torch.testing.assert_close(h, 0.25 * g, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("size", [4.0, 12.0])

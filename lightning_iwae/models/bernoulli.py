@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from ..derivatives import no_second_derivative
+from ..derivatives import all_ones, no_second_derivative
 from .base import full_precision
 
 BLOCK = 2**19  # logits at a time, which fit the second-level caches of few cores and keep many busy
@@ -166,11 +166,6 @@ class _LogProb(torch.autograd.Function):
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         delta, logits = ctx.saved_tensors
         of_x = None if logits is None else (seed.unsqueeze(-1) * logits).sum_to_size(ctx.x_shape)
-        if delta is None or _all_ones(seed):
+        if delta is None or all_ones(seed):
             return delta, of_x, None
         return (delta * seed.unsqueeze(-1)).to(delta.dtype), of_x, None
-
-
-def _all_ones(seed: Tensor) -> bool:
-    """Whether it is known that nothing is weighed, as in `routing.together`; on a GPU a look would make it wait."""
-    return seed.device.type == "cpu" and bool((seed == 1).all())

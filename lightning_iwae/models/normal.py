@@ -1,13 +1,14 @@
 """A normal distribution per latent number or pixel, with a log-density and its gradients in few operations."""
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from ..derivatives import under_torch_func
+from ..derivatives import asked, under_torch_func
 
 
 class DiagonalNormal(Independent):
@@ -40,11 +41,10 @@ class DiagonalNormal(Independent):
 
 
 class StandardNormal(DiagonalNormal):
-    """N(0, I) of z (..., Z), on the device of `like`, in float64 if that is and else in float32."""
+    """N(0, I) of z (..., Z)."""
 
-    def __init__(self, latent: int, like: Tensor) -> None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        super().__init__(like.new_zeros(latent, dtype=dtype), like.new_ones(latent, dtype=dtype))
+    def __init__(self, latent: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(*(make(latent, dtype=dtype, device=device) for make in (torch.zeros, torch.ones)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """-|z|^2 / 2 - Z / 2 log 2 pi, shape (...,). Nats."""
@@ -56,6 +56,17 @@ class StandardNormal(DiagonalNormal):
             return -0.5 * value.square().sum(-1) - normaliser
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
             return _HalfSquare.apply(value) - normaliser
+
+
+def standard_normal(latent: int, like: Tensor) -> StandardNormal:
+    """N(0, I) of z (..., Z), on the device of `like`, in float64 if that is and else in float32. Made once for each."""
+    return _standard_normal(latent, like.dtype if like.dtype == torch.float64 else torch.float32, like.device)
+
+
+@cache
+def _standard_normal(latent: int, dtype: torch.dtype, device: torch.device) -> StandardNormal:
+    with torch.inference_mode(False):  # else a later training could not use it
+        return StandardNormal(latent, dtype, device)
 
 
 class _HalfSquare(torch.autograd.Function):
@@ -88,7 +99,7 @@ class _LogProb(torch.autograd.Function):
         if torch.is_grad_enabled():  # a derivative of this one is wanted
             inverse = 1 / scale
             e = (value - loc) * inverse
-        of_value, of_loc, of_scale = ctx.needs_input_grad
+        of_value, of_loc, of_scale = asked(ctx)
         seed = seed.unsqueeze(-1)
         g = e * seed
         ones = seed.sum_to_size(*scale.shape[:-1], 1) if of_scale else None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily
 from torch.func import functional_call
 
-from .normal import DiagonalNormal, StandardNormal
+from .normal import DiagonalNormal, standard_normal
 
 Name = Literal["standard", "normal", "mixture", "vamp"]
 
@@ -36,7 +36,7 @@ class Standard(nn.Module):
     def forward(self, encoder: tuple[nn.Module, Any] | None = None) -> Distribution:
         """The prior."""
         like = None if encoder is None else next(encoder[0].parameters(), None)
-        return StandardNormal(self.latent, torch.empty(0) if like is None else like)
+        return standard_normal(self.latent, torch.empty(0) if like is None else like)
 
 
 class LearntNormal(nn.Module):

@@ -10,7 +10,7 @@ from torch.distributions import Distribution, Independent
 from . import likelihoods
 from .base import full_precision
 from .layers import check_widths, set_output, tanh_layers
-from .normal import DiagonalNormal, StandardNormal
+from .normal import DiagonalNormal, standard_normal
 
 Conditional = Callable[[Tensor], Distribution]
 
@@ -54,7 +54,7 @@ class TwoLayer(nn.Module):
 
     def prior(self) -> Distribution:
         """p(z2) p(z1 | z2)."""
-        top = StandardNormal(self.latents[1], next(self.inference.parameters()))
+        top = standard_normal(self.latents[1], next(self.inference.parameters()))
         return Downwards(top, lambda z2: _normal(self.generative["second"], z2), self.latents[0])
 
     def posterior(self, x: Tensor) -> Distribution:
