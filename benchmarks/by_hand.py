@@ -5,6 +5,8 @@ How little may lie between torch's operations: a plain rewriting, no lower bound
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,14 @@ from lightning_iwae.models import MLP
 from lightning_iwae.models.bernoulli import Compiled, Kernel, eager
 
 from .timing import Step
-from .ways import Work, adams, told_if_not_compiled
+from .ways import Precision, Work, adams, told_if_not_compiled
 
 Layers = Sequence[tuple[Tensor, Tensor]]  # weight and bias of each, tanh between them
 
 
-def by_hand(work: Work, kernel: Kernel = eager) -> Step:
+def by_hand(
+    work: Work, kernel: Kernel = eager, precision: Precision = nullcontext, backward_passes: Literal[1, 2] = 1
+) -> Step:
     """With the package's likelihood kernel."""
     model, x = work.start()
     optimizers = adams(model)
@@ -27,26 +31,31 @@ def by_hand(work: Work, kernel: Kernel = eager) -> Step:
 
     def step() -> None:
         eps = torch.randn(work.samples, work.batch, 50)
-        for p, g in zip(parameters, gradients(model, x, eps, work, kernel), strict=True):
-            p.grad = g
+        with precision():
+            found = gradients(model, x, eps, work, kernel, backward_passes)
+        for p, g in zip(parameters, found, strict=True):
+            p.grad = g.to(p.dtype)
         for optimizer in optimizers:
             optimizer.step()
 
     return step
 
 
-def by_hand_compiled(work: Work) -> Step:
+def by_hand_compiled(work: Work, precision: Precision = nullcontext) -> Step:
     """With its compiled one."""
-    step = by_hand(work, Compiled())
+    step = by_hand(work, Compiled(), precision)
     with told_if_not_compiled():
         step()
     return step
 
 
 @torch.no_grad()
-def gradients(model: MLP, x: Tensor, eps: Tensor, work: Work, kernel: Kernel) -> list[Tensor]:
+def gradients(
+    model: MLP, x: Tensor, eps: Tensor, work: Work, kernel: Kernel, backward_passes: Literal[1, 2] = 1
+) -> list[Tensor]:
     """Of minus each side's bound, theta's first, for noise (S, B, Z).
 
+    Of two passes back through the decoder the one is theta's, with its weights on the logits, and the other z's.
     With z = mean + scale eps, log q(z | x) = -|eps|^2 / 2 - sum log scale + const. has no other gradient than that of
     the scale.
     """
@@ -63,7 +72,12 @@ def gradients(model: MLP, x: Tensor, eps: Tensor, work: Work, kernel: Kernel) ->
     groups = log_w.unflatten(0, (-1, work.phi))
     c = (groups.softmax(1) / (-work.batch * len(groups))).view(*log_w.shape, 1)
 
-    theta, of_z = backward(decoder, decoded, delta.flatten(0, 1), a.view(-1, 1))
+    rows, of_row = delta.flatten(0, 1), a.view(-1, 1)
+    if backward_passes == 1:
+        theta, of_z = backward(decoder, decoded, rows, of_row)
+    else:
+        theta, _ = backward(decoder, decoded, rows * of_row.to(rows.dtype), None)
+        of_z = of_input(decoder, decoded, rows)
     path = (of_z.view_as(z) - z) * c
     of_output = torch.cat([path.sum(0), (path * eps).sum(0) * scale + c.sum(0)], -1)
     phi, _ = backward(encoder, encoded, of_output, None)
@@ -107,6 +121,13 @@ def backward(layers: Layers, inputs: list[Tensor], delta: Tensor, a: Tensor | No
         if h is not inputs[0]:
             delta = torch.ops.aten.tanh_backward(linear(delta, weight.T), h)
     return found, delta if a is None else linear(delta, layers[0][0].T)
+
+
+def of_input(layers: Layers, inputs: list[Tensor], delta: Tensor) -> Tensor:
+    """The gradient of the first input alone."""
+    for (weight, _), h in zip(reversed(layers[1:]), reversed(inputs[1:]), strict=True):
+        delta = torch.ops.aten.tanh_backward(linear(delta, weight.T), h)
+    return linear(delta, layers[0][0].T)
 
 
 def layers_of(network: nn.Module) -> Layers:

@@ -17,23 +17,24 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from lightning_iwae.callbacks.gradient_snr import measure
+from lightning_iwae.data import Arrays
 
 from .plan import Plan
 from .timing import Step, timed
 from .ways import Work, adams, piwae_loss
 
 ROOT = Path(__file__).parents[1]
-FIT, INSIDE, LOOP, READING, SNR, EMPTY = "fit", "training_step", "bare loop", "reading", "SNR", "Lightning alone"
+FIT, INSIDE, LOOP, SNR = "fit", "training_step", "bare loop", "SNR"
+LEAST, ITS_LOOP = "bare loop in Lightning", "bare loop beside it"
 
 
 class TakingTurns(Callback):
-    """Times blocks of the fit, of a bare loop, its data and SNR measurements, and writes them to `out` at the end.
+    """Times blocks of the fit, of a bare loop and SNR measurements, and writes them to `out` at the end.
 
     Args:
         out: a JSON file.
@@ -45,7 +46,7 @@ class TakingTurns(Callback):
 
     def __init__(self, out: str, block: int, batch: int, samples: int, draws: int) -> None:
         self.out, self.block, self.draws, self.work = Path(out), block, draws, Work(batch, samples)
-        self.times: dict[str, list[float]] = {FIT: [], INSIDE: [], LOOP: [], READING: [], SNR: []}
+        self.times: dict[str, list[float]] = {FIT: [], INSIDE: [], LOOP: [], SNR: []}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The loop starts from the fit's weights. Of a step of fit, what passes in the module's own is noted."""
@@ -56,7 +57,6 @@ class TakingTurns(Callback):
 
         pl_module.training_step = training_step
         self._loop = bare_loop(copy.deepcopy(pl_module.network), self.work)
-        self._batches = iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -66,7 +66,6 @@ class TakingTurns(Callback):
         self.times[FIT].append((time.perf_counter() - self._start) / self.block)
         self.times[INSIDE].append(self._inside / self.block)
         self.times[LOOP].append(timed(self._loop, self.block))
-        self.times[READING].append(timed(lambda: next(self._batches), self.block))
         self.times[SNR].append(timed(lambda: measure(pl_module, batch, self.draws), 1))
         self._inside, self._start = 0.0, time.perf_counter()
 
@@ -90,58 +89,57 @@ def bare_loop(model: Any, work: Work) -> Step:
     return step
 
 
-class Empty(LightningModule):
-    """Two numbers with an optimiser each, both of which every step steps, by hand as `IWModule` does; nothing else.
+class Bare(LightningModule):
+    """The bare loop's step in a fit by Lightning and no more, in turns with the loop: what any such fit costs.
 
-    After every block of steps as many of the same without Lightning, whose time is taken off.
+    Args:
+        work: of a step.
+        block: steps before it is the other's turn.
     """
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, work: Work, block: int) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.numbers = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
-        self.block, self.start, self.times = block, 0.0, list[float]()
+        self.work, self.block, self.start = work, block, 0.0
+        self.network, _ = work.start()
+        self.loop = bare_loop(copy.deepcopy(self.network), work)
+        self.times: dict[str, list[float]] = {LEAST: [], ITS_LOOP: []}
 
     def configure_optimizers(self) -> Any:
-        self.bare = [torch.optim.Adam([number], fused=True) for number in self.numbers]
-        return self.bare
+        return adams(self.network)
 
-    def loss(self) -> Tensor:
-        return torch.cat(list(self.numbers)).sum()
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
         if batch_idx % self.block == 0:
             if batch_idx:
-                self.times.append((time.perf_counter() - self.start) / self.block - timed(self.without, self.block))
+                self.times[LEAST].append((time.perf_counter() - self.start) / self.block)
+                self.times[ITS_LOOP].append(timed(self.loop, self.block))
             self.start = time.perf_counter()
-        self.manual_backward(self.loss())
+        self.zero_grad()
+        self.manual_backward(piwae_loss(self.network, batch, self.work))
         theta, phi = cast(list[LightningOptimizer], self.optimizers())
         theta.step()
         phi.optimizer.step()
 
-    def without(self) -> None:
-        self.loss().backward()
-        for optimizer in self.bare:
-            optimizer.step()
 
-
-def lightning_alone(blocks: int, block: int) -> list[float]:
-    """Seconds that Lightning adds to a step of `Empty` on batches that lie ready, block by block, but for the first."""
-    module = Empty(block)
+def least(work: Work, data: LightningDataModule, blocks: int, block: int) -> dict[str, list[float]]:
+    """Seconds a step of `Bare` on these data and of its loop, block by block, but for the first."""
+    module = Bare(work, block)
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_steps=block * (blocks + 1) + 1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(torch.zeros(block * (blocks + 1) + 1), batch_size=None))  # type: ignore[arg-type]
-    return module.times[1:]
+    data.prepare_data()
+    data.setup("fit")
+    trainer.fit(module, data.train_dataloader())
+    return {name: own[1:] for name, own in module.times.items()}
 
 
 def run(plan: Plan) -> dict:
-    """Seconds a step of fit and loop, a batch and a measurement, block by block."""
+    """Seconds a step of fit and loop, and a measurement, block by block."""
     work, steps = Work(min(plan.batches), plan.samples), (1 + plan.blocks) * plan.block
     with tempfile.TemporaryDirectory() as folder:
         pixels, out = f"{folder}/pixels.npy", f"{folder}/times.json"
@@ -149,7 +147,7 @@ def run(plan: Plan) -> dict:
         np.save(pixels, items)
         turns = {"out": out, "block": plan.block, "batch": work.batch, "samples": work.samples, "draws": plan.draws}
         callback = {"class_path": "benchmarks.fit.TakingTurns", "init_args": turns}
-        data = {"train": pixels, "batch_size": work.batch, "binarization": "dynamic", "validation": 100}
+        data: dict[str, Any] = {"train": pixels, "batch_size": work.batch, "binarization": "dynamic", "validation": 100}
         options = {
             "model.samples": work.samples,
             "model.theta.particles": work.samples,
@@ -166,6 +164,5 @@ def run(plan: Plan) -> dict:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"fit ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-        times = json.loads(Path(out).read_text())
-    times[EMPTY] = lightning_alone(plan.blocks, plan.block)
+        times = json.loads(Path(out).read_text()) | least(work, Arrays(**data), plan.blocks, plan.block)
     return {"batch": work.batch, "samples": work.samples, "block": plan.block, "draws": plan.draws, "times": times}
