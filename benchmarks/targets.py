@@ -173,6 +173,7 @@ TARGETS = [
         ratio_of("fit", fit.LEAST, fit.ITS_LOOP),
     ),
     of_log_px("pythae / ours", 5, log_px.PYTHAE),
+    Target("log p(x): pythae / ours, compiled", 5, True, ratio_of("log_px", log_px.PYTHAE, log_px.COMPILED)),
     of_log_px("products at the best rate / ours", 0.7, log_px.BEST),
     of_log_px("products, each at its best / ours", 0.7, log_px.EACH),
     Target("log p(x): difference to pythae's, in standard errors", 3, False, disagreement),
