@@ -9,6 +9,7 @@ from pathlib import Path
 SECTIONS = {
     "step": "a training step of all ways at batch 20, 128 and 512",
     "cost": "the same at batch 20 for K from 1 to 4096",
+    "chunks": "a step in chunks, all such K in turns",
     "operations": "where the time of our step goes",
     "log_px": "log p(x) by 5000 particles, against pythae's get_nll",
     "fit": "the fit command against a bare loop, and the cost of the SNR callback",
@@ -62,6 +63,7 @@ def measured(name: str, quick: bool) -> dict:
     runs: dict[str, Callable] = {
         "step": step.points,
         "cost": step.against_k,
+        "chunks": step.in_chunks,
         "operations": step.operations,
         "log_px": log_px.run,
         "fit": fit.run,

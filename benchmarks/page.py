@@ -36,7 +36,13 @@ def render(results: Results) -> str:
     """The page's text. Sections that were not measured are left out."""
     folder = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=False)
     folder.keep_trailing_newline = True
-    tables: dict[str, Callable] = {"cost": cost, "memory": memory, "log_px": of_log_px, "fit": of_fit}
+    tables: dict[str, Callable] = {
+        "cost": cost,
+        "chunks": in_chunks,
+        "memory": memory,
+        "log_px": of_log_px,
+        "fit": of_fit,
+    }
     parts = {name: table(found(results, name)) if name in results else None for name, table in tables.items()}
     points = found(results, "step") if "step" in results else []
     return folder.get_template("page.md.jinja").render(
@@ -127,6 +133,11 @@ def cost(rows: Sequence[dict]) -> dict:
     columns = list(step.AGAINST_K)
     lines = [(f"K = {row['samples']}", *(cell(row, way) for way in columns)) for row in rows]
     return {"batch": rows[0]["batch"], "columns": columns, "rows": lines}
+
+
+def in_chunks(section: dict) -> list[tuple[str, str, str]]:
+    """K, time, and time over K."""
+    return [(K, ms(own), number(1e3 * statistics.median(own) / int(K))) for K, own in section["times"].items()]
 
 
 def memory(rows: Sequence[dict]) -> dict:

@@ -76,6 +76,18 @@ def cost(work: Work, plan: Plan) -> dict:
     return {"batch": work.batch, "samples": work.samples, "times": times, "skipped": skipped}
 
 
+def in_chunks(plan: Plan) -> dict:
+    """Times at the smallest batch, in chunks, of each K that makes more than one; these take turns with each other.
+
+    In `against_k` a K's rounds lie minutes from another's, and its steps between those of ways that fill the memory.
+    """
+    batch = min(plan.batches)
+    steps = {str(K): ways.piwae_chunked(Work(batch, K)) for K in plan.particles if K > ways.CHUNK}
+    for step in steps.values():
+        settle({ways.CHUNKED: step})
+    return {"batch": batch, "times": measure(steps, plan.seconds, plan.rounds)}
+
+
 def settle(steps: Mapping[str, Step]) -> None:
     """Go past draws 1, 2, 4 and 8 of our ways, whose gradients are checked both ways; the next is the 16th."""
     for name, step in steps.items():

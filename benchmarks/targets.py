@@ -87,11 +87,13 @@ def ratio_of(section: str, above: str, below: str) -> Callable[[Results], list[f
 
 
 def exponent(results: Results) -> list[float]:
-    """Of time in K from 64 on, by least squares through the logarithms of the medians."""
-    rows = [row for row in found(results, "cost") if row["samples"] >= 64]
-    logs = [(math.log(row["samples"]), math.log(statistics.median(row["times"][ways.CHUNKED]))) for row in rows]
-    x, y = zip(*logs, strict=True)
-    return [statistics.linear_regression(x, y).slope]
+    """Of time in K from 64 on, by least squares through the logarithms, round by round."""
+    times = found(results, "chunks")["times"]
+    log_k = [math.log(int(K)) for K in times]
+    return [
+        statistics.linear_regression(log_k, [math.log(seconds) for seconds in own]).slope
+        for own in zip(*times.values(), strict=True)
+    ]
 
 
 def memory_growth(above_idle: bool) -> Callable[[Results], list[float]]:

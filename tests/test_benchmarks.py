@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,8 @@ def test_sections_of_one_process_run():
     (point,) = step.points(TINY)
     assert {ways.OURS, ways.TWO_GRADS, step.BEST} <= set(point["times"]) and len(point["times"][ways.OURS]) == 2
     assert [row["samples"] for row in step.against_k(TINY)] == [1, 16]
+    in_chunks = step.in_chunks(replace(TINY, particles=(1, 32, 64, 128)))["times"]
+    assert {K: len(own) for K, own in in_chunks.items()} == {"64": 2, "128": 2}
     found = log_px.run(TINY)
     assert found["images"] == 2 and len(found["values"][log_px.OURS]) >= 4
     assert sum(row["share"] for row in step.operations(TINY, steps=1)["rows"]) <= 1
@@ -282,6 +285,7 @@ def made_up():
                 fit.ITS_LOOP: [1, 1],
             },
         },
+        "chunks": {"batch": 20, "times": {"64": [0.64, 0.64], "4096": [40.96, 40.96]}},
         "memory": peaks,
         "scaling": [
             {
@@ -311,6 +315,7 @@ def test_the_page_says_what_is_met_and_what_is_not():
         "| SNR callback: steps a draw, batch 20 | ≤ 1.2 | 0.900 | met |  |",
         "| PIWAE, compiled |  | there is none |",
         "| K = 4096 | 456 (200) |",
+        "| 4096 | 40960 | 10.0 |",
     ):
         assert line in text, line
     assert text.count("| not measured |") == sum(target.found(made_up()) is None for target in TARGETS)
