@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from lightning_iwae.evaluation import decoded_at_once, drawn_at_once, importance_sample
+from lightning_iwae.evaluation import cached, drawn_at_once, importance_sample
 from lightning_iwae.models import MLP
 from lightning_iwae.models.likelihoods import compile_likelihoods
 
@@ -68,7 +68,7 @@ def ours(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
 def by_hand(model: MLP, x: Tensor, particles: int, values: list[float]) -> Step:
     """In the slices that importance_sample takes."""
     held = drawn_at_once(x)
-    slices = math.ceil(held / decoded_at_once(x))
+    slices = math.ceil(held * x.numel() / cached(x.device))
     return lambda: values.append(log_px(model, x, particles, held, slices).mean().item())
 
 

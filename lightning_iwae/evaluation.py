@@ -40,7 +40,7 @@ def importance_sample(
         x: batch (B, ...).
         particles: K.
         chunk: particles drawn at once; by default as many as keep a chunk's data near 4 million numbers, on a GPU 64
-            million. They are decoded in slices, see `decoded_at_once`.
+            million. They are decoded in as many slices as make the cache hold a slice's.
         watch: is given each chunk's log-weights (chunk, B), in float64, for what else is wanted of them.
     """
     if particles < 1:
@@ -58,7 +58,7 @@ def importance_sample(
     distortion = rate.clone()
     log_sum = rate - math.inf
     log_sum_squares = rate - math.inf
-    decoded = decoded_at_once(x)
+    decoded = cached(x.device) / max(1, x.numel())  # at once
     for start in range(0, particles, chunk):
         z, _ = draw_posterior(q, min(chunk, particles - start))
         information = q.log_prob(z).double() - prior.log_prob(z)
@@ -81,14 +81,6 @@ def importance_sample(
 def drawn_at_once(x: Tensor) -> int:
     """Particles of a default chunk for x (B, ...): some 4 million numbers of data, on a GPU 64 million."""
     return max(1, 2 ** (22 if x.device.type == "cpu" else 26) // max(1, x.numel()))
-
-
-def decoded_at_once(x: Tensor) -> float:
-    """Particles of a slice for x (B, ...): four times as many numbers of data as the caches hold: so it was fastest.
-
-    Smaller ones take more calls; the arrays of larger ones may be new memory each time, which takes the system longer.
-    """
-    return 4 * cached(x.device) / max(1, x.numel())
 
 
 def cached(device: torch.device) -> int:

@@ -110,8 +110,8 @@ def test_default_chunk_holds_four_million_numbers_of_data(shape, largest):
     assert max(model.drawn) == largest
 
 
-@pytest.mark.parametrize(("numbers", "slices"), [(1, 50), (12, 13), (7 * 12, 2), (10**9, 1)])
-def test_four_times_what_the_cache_holds_is_decoded_at_once_and_changes_nothing(monkeypatch, numbers, slices):
+@pytest.mark.parametrize("numbers", [1, 12, 7 * 12, 10**9])
+def test_what_the_cache_holds_is_decoded_at_once_and_changes_nothing(monkeypatch, numbers):
     model, x = LinearGaussian(4).double(), torch.randn(3, 4, dtype=torch.float64)
     likelihood, decoded = model.likelihood, []
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_four_times_what_the_cache_holds_is_decoded_at_once_and_changes_nothing(
     torch.manual_seed(0)
     for ours, theirs in zip(importance_sample(model, x, 50), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    assert len(decoded) == slices and sum(decoded) == 50
+    assert max(decoded) == min(50, max(1, numbers // 12)) and sum(decoded) == 50
     assert max(decoded) - min(decoded) <= 1
 
 
