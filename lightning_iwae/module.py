@@ -262,9 +262,9 @@ class IWModule(LightningModule):
         everything = [g for of_side in gradients.values() for g in of_side]
         if self._batches > 1 and everything:
             torch._foreach_div_(everything, self._batches)
-        self._finite = self._finite & _finite(everything)
+        self._finite = self._finite & _all_finite(everything)
         if looked_at and not self._finite:
-            names = [name for name, of_side in gradients.items() if not _finite(of_side)]
+            names = [name for name, of_side in gradients.items() if not _all_finite(of_side)]
             failure = f"Step {self.global_step}: the {(names or ['generative'])[0]} network's gradient is not finite."
             raise FloatingPointError((self._failure or failure) + self._when())
         for name, clip in sides.items():
@@ -426,12 +426,11 @@ def _gradients(network: nn.Module) -> list[Tensor]:
     return [p.grad for p in network.parameters() if p.grad is not None]
 
 
-def _finite(gradients: list[Tensor]) -> bool | Tensor:
-    """Whether all are, by their norms; on a GPU a tensor, as a look at it would make the host wait."""
-    norms = torch._foreach_norm(gradients) if gradients else ()
-    if all(norm.device.type == "cpu" for norm in norms):
-        return all(math.isfinite(norm.item()) for norm in norms)
-    return torch.stack(norms).isfinite().all()
+def _all_finite(gradients: list[Tensor]) -> bool | Tensor:
+    """Whether gradients are, by their norms; on a GPU a tensor, as a look at it would make the host wait."""
+    if all(g.device.type == "cpu" for g in gradients):
+        return all(math.isfinite(torch.linalg.vector_norm(g)) for g in gradients)
+    return nn.utils.get_total_norm(gradients).isfinite()
 
 
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
