@@ -4,7 +4,7 @@ How little may lie between torch's operations: a plain rewriting, no lower bound
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
@@ -114,19 +114,24 @@ def forward(layers: Layers, h: Tensor) -> tuple[list[Tensor], Tensor]:
 def backward(layers: Layers, inputs: list[Tensor], delta: Tensor, a: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """Gradients of weights and biases, rows weighed by a; and that of the first input, by rows, if there is an `a`."""
     found: list[Tensor] = []
-    for (weight, _), h in zip(reversed(layers), reversed(inputs), strict=True):
-        of_weight, of_bias = parameter_gradients(delta, h, a)
+    for of_output, h in zip(deltas(layers, inputs, delta), reversed(inputs), strict=True):
+        of_weight, of_bias = parameter_gradients(of_output, h, a)
         assert of_bias is not None
         found = [of_weight, of_bias, *found]
-        if h is not inputs[0]:
-            delta = torch.ops.aten.tanh_backward(linear(delta, weight.T), h)
-    return found, delta if a is None else linear(delta, layers[0][0].T)
+    return found, of_output if a is None else linear(of_output, layers[0][0].T)
+
+
+def deltas(layers: Layers, inputs: list[Tensor], delta: Tensor) -> Iterator[Tensor]:
+    """The gradient of what each layer gives before its tanh, the last one's first."""
+    yield delta
+    for (weight, _), h in zip(reversed(layers[1:]), reversed(inputs[1:]), strict=True):
+        delta = torch.ops.aten.tanh_backward(linear(delta, weight.T), h)
+        yield delta
 
 
 def of_input(layers: Layers, inputs: list[Tensor], delta: Tensor) -> Tensor:
     """The gradient of the first input alone."""
-    for (weight, _), h in zip(reversed(layers[1:]), reversed(inputs[1:]), strict=True):
-        delta = torch.ops.aten.tanh_backward(linear(delta, weight.T), h)
+    *_, delta = deltas(layers, inputs, delta)
     return linear(delta, layers[0][0].T)
 
 
