@@ -126,6 +126,12 @@ def test_gradients_of_single_pixels_keep_their_digits_in_both_tails(kernel):
         torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("pixels", [131, 192, 784])  # at a logit of 0 each is a factor 2, of which 128 overflow
+def test_many_pixels_of_even_odds_do_not_overflow(pixels):
+    log_prob, _ = formula(torch.zeros(S, B, pixels), torch.ones(B, pixels), False)
+    torch.testing.assert_close(log_prob.double(), torch.full((S, B), -pixels * math.log(2)).double(), rtol=1e-6, atol=0)
+
+
 def test_values_of_single_pixels_keep_their_digits_in_both_tails():
     """The compiled kernel's logarithm is a polynomial of its own: against NumPy's, from one end to the other."""
     logits = torch.linspace(-30, 30, 60_001)

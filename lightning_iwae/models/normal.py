@@ -44,7 +44,9 @@ class StandardNormal(DiagonalNormal):
     """N(0, I) of z (..., Z)."""
 
     def __init__(self, latent: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(*(make(latent, dtype=dtype, device=device) for make in (torch.zeros, torch.ones)))
+        super().__init__(
+            torch.zeros(latent, dtype=dtype, device=device), torch.ones(latent, dtype=dtype, device=device)
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """-|z|^2 / 2 - Z / 2 log 2 pi, shape (...,). Nats."""
