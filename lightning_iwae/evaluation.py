@@ -62,9 +62,12 @@ def importance_sample(
     for start in range(0, particles, chunk):
         z, _ = draw_posterior(q, min(chunk, particles - start))
         information = q.log_prob(z).double() - prior.log_prob(z)
-        parts = z.tensor_split(min(len(z), math.ceil(len(z) / decoded)))
-        with Fast():
-            log_likelihood = torch.cat([model.likelihood(part).log_prob(x).double() for part in parts])
+        parts = []
+        for part in z.tensor_split(min(len(z), math.ceil(len(z) / decoded))):
+            with Fast():
+                p_x = model.likelihood(part)
+            parts.append(p_x.log_prob(x))
+        log_likelihood = torch.cat(parts).double()
         log_w = log_likelihood - information
         if watch is not None:
             watch(log_w)

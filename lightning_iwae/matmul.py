@@ -38,11 +38,21 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = F
     return out.tanh_() if tanh else out
 
 
-def tanh_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """tanh(F.linear(h, weight, bias)), for `Fast` and `Weighing` to see as one: oneDNN's product takes tanh along."""
-    if has_torch_function_variadic(h, weight, bias):
-        return handle_torch_function(tanh_linear, (h, weight, bias), h, weight, bias)
-    return torch.tanh(F.linear(h, weight, bias))
+def tanh_mlp(h: Tensor, *parameters: Tensor | None) -> Tensor:
+    """Linear layers with tanh between them, given the weight and bias of each: what `Fast` and `Weighing` see as one."""
+    if has_torch_function_variadic(h, *parameters):
+        return handle_torch_function(tanh_mlp, (h, *parameters), h, *parameters)
+    for i in range(0, len(parameters), 2):
+        h = F.linear(torch.tanh(h) if i else h, *parameters[i : i + 2])
+    return h
+
+
+def outputs(h: Tensor, *parameters: Tensor | None) -> list[Tensor]:
+    """What each layer of `tanh_mlp` gives, its tanh taken along. Leaves no graph."""
+    found = [h]
+    for i in range(0, len(parameters), 2):
+        found.append(linear(found[-1], *parameters[i : i + 2], tanh=i + 2 < len(parameters)))
+    return found[1:]
 
 
 def parameter_gradients(delta: Tensor, h: Tensor, a: Tensor | None, bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -65,16 +75,15 @@ def parameter_gradients(delta: Tensor, h: Tensor, a: Tensor | None, bias: bool =
     return gradients[:-1].T, gradients[-1]
 
 
-LAYERS: tuple[Callable, ...] = (F.linear, tanh_linear)
+LAYERS: tuple[Callable, ...] = (F.linear, tanh_mlp)
 
 
 class Fast(TorchFunctionMode):
-    """While active, F.linear and `tanh_linear` are `linear` where no gradients are taken, as in an evaluation."""
+    """While active, F.linear and `tanh_mlp` are `outputs` where no gradients are taken, as in an evaluation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LAYERS and not kwargs and not torch.is_grad_enabled() and not transformed():
-            h, weight, bias = (*args, None)[:3]
-            return linear(h, weight, bias, tanh=func is tanh_linear)
+            return outputs(*args)[-1]
         return func(*args, **(kwargs or {}))
 
 

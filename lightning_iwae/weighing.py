@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .derivatives import no_second_derivative
-from .matmul import LAYERS, linear, parameter_gradients, tanh_linear, transformed
+from .matmul import LAYERS, linear, outputs, parameter_gradients, transformed
 
 CONVOLUTIONS: tuple[Callable, ...] = (
     F.conv1d,
@@ -64,23 +64,36 @@ class Weighing(TorchFunctionMode):
         a = self.a if rows.shape[:2] == self.shape else self.a.flatten()
         return a.to(rows).reshape(a.shape + (1,) * (rows.ndim - a.ndim))
 
+    def gradients(
+        self, delta: Tensor, h: Tensor, a: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of a layer's parameters, as far as they are wanted, for delta (N, out), h (N, in) and a (N, 1)."""
+        if self.wanted.isdisjoint((weight, bias)):
+            return _unwanted(weight), _unwanted(bias)
+        of_weight, of_bias = parameter_gradients(delta, h.to(delta.dtype), a, bias is not None)
+        return (
+            of_weight if weight in self.wanted else _unwanted(weight),
+            of_bias if bias in self.wanted else _unwanted(bias),
+        )
+
     def _applies(self, func: Any, args: tuple, kwargs: dict) -> bool:
         if not (func in LAYERS or func in CONVOLUTIONS) or len(args) < 3 or kwargs or _intercepted():
             return False
-        h, weight, bias = args[:3]
+        h, weight, *_ = args
         flat = h.ndim > 1 and h.shape[0] == self.shape[0] * self.shape[1]
         if func in LAYERS:
-            rows_are_samples = flat or (h.ndim > 2 and h.shape[:2] == self.shape)
+            rows_are_samples, parameters = flat or (h.ndim > 2 and h.shape[:2] == self.shape), args[1:]
         else:
-            rows_are_samples = flat and h.ndim == weight.ndim
-        return rows_are_samples and weight in self.theta and (bias is None or bias in self.theta)
+            rows_are_samples, parameters = flat and h.ndim == weight.ndim, args[1:3]
+        weighed = [p in self.theta for p in parameters if p is not None and p.requires_grad]
+        return rows_are_samples and any(weighed) and all(weighed)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self._applies(func, args, kwargs):
             return func(*args, **kwargs)
         if func in LAYERS:
-            return _Linear.apply(self, func is tanh_linear, *args)
+            return _Layers.apply(self, *args)
         return _Convolution.apply(self, func, args[3:], *args[:3])
 
 
@@ -109,35 +122,35 @@ def _unwanted(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.new_zeros(()).expand_as(parameter)
 
 
-class _Linear(torch.autograd.Function):
-    """A linear layer, or the tanh of one. Its input is weighed rather than the output's gradient: a decoder's last
-    layer is its widest.
+class _Layers(torch.autograd.Function):
+    """Linear layers with tanh between them. A layer's input is weighed rather than the gradient of what it gives: a
+    decoder's last layer is its widest.
     """
 
     @staticmethod
-    def forward(ctx: Any, mode: Weighing, tanh: bool, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = linear(h, weight, bias, tanh).detach()  # no view, so that an activation may act in place
-        ctx.mode = mode
-        ctx.save_for_backward(h, weight, bias, out if tanh else None)
-        return out
+    def forward(ctx: Any, mode: Weighing, h: Tensor, *parameters: Tensor | None) -> Tensor:
+        *inner, out = outputs(h, *parameters)
+        ctx.mode, ctx.depth = mode, len(inner) + 1
+        ctx.save_for_backward(h, *inner, *parameters)
+        return out.detach()  # no view, so that an activation may act in place
 
     @staticmethod
     @no_second_derivative
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         mode: Weighing = ctx.mode
-        h, weight, bias, tanh = ctx.saved_tensors
-        if tanh is not None:
-            delta = torch.ops.aten.tanh_backward(delta, tanh)
-        rows = delta.flatten(0, -2)
-        h_grad = linear(rows, weight.to(delta.dtype).T).view_as(h) if ctx.needs_input_grad[2] else None
-        if mode.wanted.isdisjoint((weight, bias)):
-            return None, None, h_grad, _unwanted(weight), _unwanted(bias)
+        inputs, parameters = ctx.saved_tensors[: ctx.depth], ctx.saved_tensors[ctx.depth :]
         a = mode.factor(delta)
         if a is not None:
             a = a.expand(*delta.shape[:-1], 1).flatten(0, -2)
-        of_weight, of_bias = parameter_gradients(rows, h.to(delta.dtype).flatten(0, -2), a, bias is not None)
-        weight_grad = of_weight if weight in mode.wanted else _unwanted(weight)
-        return None, None, h_grad, weight_grad, of_bias if bias in mode.wanted else _unwanted(bias)
+        rows, gradients = delta.flatten(0, -2), list[Tensor | None]()
+        for i in reversed(range(ctx.depth)):
+            h, (weight, bias) = inputs[i].flatten(0, -2), parameters[2 * i : 2 * i + 2]
+            gradients[:0] = mode.gradients(rows, h, a, weight, bias)
+            if i or ctx.needs_input_grad[1]:
+                rows = linear(rows, weight.to(rows.dtype).T)
+            if i:
+                rows = torch.ops.aten.tanh_backward(rows, h)
+        return None, rows.view_as(inputs[0]) if ctx.needs_input_grad[1] else None, *gradients
 
 
 class _Convolution(torch.autograd.Function):
@@ -196,7 +209,7 @@ def weighed(output: Tensor, module: nn.Module) -> set[nn.Parameter]:
     names = {p: name for name, p in module.named_parameters() if p.requires_grad}
     inside: set[nn.Parameter] = set()
     outside: set[nn.Parameter] = set()
-    layers = (_Linear._backward_cls, _Convolution._backward_cls)  # type: ignore[attr-defined]
+    layers = (_Layers._backward_cls, _Convolution._backward_cls)  # type: ignore[attr-defined]
     for node, slot, following in edges(output):
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(

@@ -11,7 +11,7 @@ from lightning_iwae import Side, iw_loss, matmul
 from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.matmul import Fast, by_torch, linear, parameter_gradients
 from lightning_iwae.models import MLP
-from lightning_iwae.models.layers import Layers, is_tanh_linear
+from lightning_iwae.models.layers import Layers, is_tanh_mlp
 from lightning_iwae.weighing import Weighing
 
 N, IN, OUT = 512, 60, 90
@@ -47,7 +47,7 @@ def tensors(dtype=torch.float32):
 
 
 def layers(tanh=True):
-    return Layers(nn.Linear(IN, OUT), *([nn.Tanh()] if tanh else []))
+    return Layers(nn.Linear(IN, OUT), *([nn.Tanh(), nn.Linear(OUT, OUT)] if tanh else []))
 
 
 def error(found, exact):
@@ -203,7 +203,7 @@ def test_fast_is_for_what_leaves_no_graph(calls, tanh):
             torch.func.vmap(layer)(h)
             assert not calls
             torch.testing.assert_close(layer(h), expected)
-    assert calls == [((N, IN), (OUT, IN))]
+    assert calls == [((N, IN), (OUT, IN)), ((N, OUT), (OUT, OUT))][: 1 + tanh]
 
 
 @pytest.mark.parametrize("tanh", [False, True])
@@ -219,7 +219,9 @@ def test_weighed_layers_go_by_it_forward_and_back(calls, tanh):
     exact += torch.autograd.grad(layer(h.double()), list(layer.parameters()), a.double().view(N, 1).expand(N, OUT))
     for ours, theirs in zip(found, exact, strict=True):
         assert ours.shape == theirs.shape and error(ours, theirs.double()) < 2e-6
-    assert calls == [((N, IN), (OUT, IN)), ((N, OUT), (IN, OUT)), ((IN + 1, N), (OUT, N))]
+    first = [((N, IN), (OUT, IN))], [((IN + 1, N), (OUT, N)), ((N, OUT), (IN, OUT))]
+    last = [((N, OUT), (OUT, OUT))], [((OUT + 1, N), (OUT, N)), ((N, OUT), (OUT, OUT))]
+    assert calls == (first[0] + last[0] + last[1] + first[1] if tanh else first[0] + first[1])
 
 
 @pytest.mark.parametrize(
@@ -268,18 +270,18 @@ def test_what_is_no_layer_is_left_to_torch(calls):
 
 def test_layers_with_hooks_and_others_than_torchs_are_called_one_by_one(calls):
     called, model = [], layers()
-    assert is_tanh_linear(model.numbered)
+    assert is_tanh_mlp(model.numbered)
     for layer in model:
         handle = layer.register_forward_hook(lambda *_: called.append(1))
-        assert not is_tanh_linear(model.numbered)
+        assert not is_tanh_mlp(model.numbered)
         model(tensors()[0])
         handle.remove()
-    assert len(called) == 2 and is_tanh_linear(model.numbered)
+    assert len(called) == 3 and is_tanh_mlp(model.numbered)
     model[0].forward = lambda h: h
-    assert not is_tanh_linear(model.numbered)
+    assert not is_tanh_mlp(model.numbered)
     changed = layers()
     torch.nn.utils.parametrizations.weight_norm(changed[0])
-    assert not is_tanh_linear(changed.numbered) and not is_tanh_linear(changed.numbered[1:])
+    assert not is_tanh_mlp(changed.numbered) and not is_tanh_mlp(model.numbered[1:])
 
 
 @pytest.mark.parametrize("method", ["auto", "separate"])

@@ -456,7 +456,7 @@ ZOO = {  # decoder: the parameters that are not weighed inside their layers
     ByReplay: {"weight"},
     evaluated: {"norm.weight", "norm.bias"},
     dropout: set(),
-    half_frozen: {"again.weight"},
+    half_frozen: set(),
     scripted: ALL,
     traced: ALL,
     compiled: ALL,

@@ -6,6 +6,7 @@ Beside the matrix products this is where a step's time goes: a decoder puts out 
 import math
 import warnings
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -41,21 +42,23 @@ def eager(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | N
 
 def _in_blocks(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """`eager` by one exponential, some rows after others, so that what one operation leaves the next finds cached."""
-    if logits.ndim == 1:
-        log_prob, delta = _in_blocks(logits.unsqueeze(0), x, gradient)
-        return log_prob[0], None if delta is None else delta[0]
-    x, y = x.expand_as(logits), (x - 1).expand_as(logits)
-    delta = torch.empty_like(logits) if gradient else None
-    log_prob = full_precision(logits[:0]).new_empty(logits.shape[:-1])
+    delta, y = (torch.empty_like(logits), x - 1) if gradient else (None, None)
     rows = max(1, BLOCK // max(1, logits[:1].numel()))
-    for block in (slice(start, start + rows) for start in range(0, len(logits), rows)):
-        full = full_precision(logits[block])
-        e = full.exp()
-        u = e + 1 if gradient else e.add_(1)
-        if delta is not None:
-            torch.div(torch.addcmul(x[block], e, y[block], out=e), u, out=delta[block])
-        log_prob[block] = _less_logs(full, x[block], u).sum(-1)
-    return log_prob, delta
+    if logits.ndim == 1 or len(logits) <= rows:
+        return _block(logits, x, y, delta), delta
+    of_rows = [repeat(t) if t is None else t.expand_as(logits).split(rows) for t in (logits, x, y, delta)]
+    return torch.cat([_block(*block) for block in zip(*of_rows)]), delta  # type: ignore[arg-type]
+
+
+def _block(logits: Tensor, x: Tensor, y: Tensor | None, delta: Tensor | None) -> Tensor:
+    """log p of logits (..., X) at x. Its gradient is written to `delta`, with y = x - 1, unless there is none."""
+    full = full_precision(logits)
+    e = full.exp()
+    if delta is None or y is None:
+        return _less_logs(full, x, e.add_(1)).sum(-1)
+    u = e + 1
+    torch.div(torch.addcmul(x, e, y, out=e), u, out=delta)
+    return _less_logs(full, x, u).sum(-1)
 
 
 def _less_logs(logits: Tensor, x: Tensor, u: Tensor) -> Tensor:
@@ -141,8 +144,10 @@ class BernoulliPixels(Distribution):
         if torch.compiler.is_compiling():  # a model that is compiled itself: its compiler takes the derivative
             logits = full_precision(self.logits)
             return (logits * value - F.softplus(logits, threshold=40.0)).sum(-1)
-        logits, _ = torch.broadcast_tensors(self.logits, value)
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # no layers here for `weighing` to see
+            logits, _ = torch.broadcast_tensors(self.logits, value)
+            if not torch.is_grad_enabled():
+                return self.kernel(logits, value, False)[0]
             return _LogProb.apply(logits, value, self.kernel)
 
     @property

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..matmul import tanh_linear
+from ..matmul import tanh_mlp
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Layers(nn.Sequential):
@@ -17,11 +19,10 @@ class Layers(nn.Sequential):
     def forward(self, h: Tensor) -> Tensor:
         """What the last layer gives."""
         layers = self.numbered
-        while layers:
-            if is_tanh_linear(layers):
-                h, layers = tanh_linear(h, layers[0].weight, layers[0].bias), layers[2:]
-            else:
-                h, layers = layers[0](h), layers[1:]
+        if is_tanh_mlp(layers):
+            return tanh_mlp(h, *(p for layer in layers[::2] for p in (layer.weight, layer.bias)))
+        for layer in layers:
+            h = layer(h)
         return h
 
     @property
@@ -37,12 +38,15 @@ class Layers(nn.Sequential):
         return last
 
 
-def is_tanh_linear(layers: Sequence[Any]) -> bool:
-    """Whether the first two are a linear layer and tanh as torch has them, and nobody hooks in between."""
-    if len(layers) < 2 or type(layers[0]) is not nn.Linear or type(layers[1]) is not nn.Tanh or _has_any_global_hook():
+def is_tanh_mlp(layers: Sequence[Any]) -> bool:
+    """Whether these are linear layers and tanh in turn as torch has them, and nobody hooks in between."""
+    if len(layers) % 2 == 0 or _has_any_global_hook():
         return False
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any("forward" in vars(layer) or any(vars(layer)[hook] for hook in hooks) for layer in layers[:2])
+    for i, layer in enumerate(layers):
+        own = vars(layer)
+        if type(layer) is not (nn.Tanh if i % 2 else nn.Linear) or "forward" in own or any(own[hook] for hook in HOOKS):
+            return False
+    return True
 
 
 def tanh_layers(widths: Sequence[int]) -> Layers:
