@@ -62,12 +62,8 @@ def importance_sample(
     for start in range(0, particles, chunk):
         z, _ = draw_posterior(q, min(chunk, particles - start))
         information = q.log_prob(z).double() - prior.log_prob(z)
-        parts = []
-        for part in z.tensor_split(min(len(z), math.ceil(len(z) / decoded))):
-            with Fast():
-                p_x = model.likelihood(part)
-            parts.append(p_x.log_prob(x))
-        log_likelihood = torch.cat(parts).double()
+        parts = z.tensor_split(min(len(z), math.ceil(len(z) / decoded)))
+        log_likelihood = torch.cat([_log_likelihood(model, x, part) for part in parts]).double()
         log_w = log_likelihood - information
         if watch is not None:
             watch(log_w)
@@ -79,6 +75,13 @@ def importance_sample(
     ess = ess.masked_fill(log_sum == -math.inf, 1.0)  # weights all 0 are alike, as in weights.ess
     rate, distortion = rate / particles, distortion / particles
     return Streamed(log_sum - math.log(particles), -(rate + distortion), ess, rate, distortion)
+
+
+def _log_likelihood(model: Any, x: Tensor, z: Tensor) -> Tensor:
+    """log p(x | z) of each sample, (S, B). What the decoder gave is let go before the next slice is decoded."""
+    with Fast():
+        p_x = model.likelihood(z)
+    return p_x.log_prob(x)
 
 
 def drawn_at_once(x: Tensor) -> int:

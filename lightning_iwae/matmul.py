@@ -38,8 +38,8 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = F
     return out.tanh_() if tanh else out
 
 
-def tanh_mlp(h: Tensor, *parameters: Tensor | None) -> Tensor:
-    """Linear layers with tanh between them, given the weight and bias of each: what `Fast` and `Weighing` see as one."""
+def tanh_mlp(h: Tensor, *parameters: Any) -> Tensor:
+    """Linear layers with tanh between them, by the weight and bias of each; `Fast` and `Weighing` see them as one."""
     if has_torch_function_variadic(h, *parameters):
         return handle_torch_function(tanh_mlp, (h, *parameters), h, *parameters)
     for i in range(0, len(parameters), 2):
@@ -47,12 +47,13 @@ def tanh_mlp(h: Tensor, *parameters: Tensor | None) -> Tensor:
     return h
 
 
-def outputs(h: Tensor, *parameters: Tensor | None) -> list[Tensor]:
+def outputs(h: Tensor, *parameters: Any) -> list[Tensor]:
     """What each layer of `tanh_mlp` gives, its tanh taken along. Leaves no graph."""
-    found = [h]
+    found = []
     for i in range(0, len(parameters), 2):
-        found.append(linear(found[-1], *parameters[i : i + 2], tanh=i + 2 < len(parameters)))
-    return found[1:]
+        h = linear(h, parameters[i], parameters[i + 1], i + 2 < len(parameters))
+        found.append(h)
+    return found
 
 
 def parameter_gradients(delta: Tensor, h: Tensor, a: Tensor | None, bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -83,7 +84,7 @@ class Fast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LAYERS and not kwargs and not torch.is_grad_enabled() and not transformed():
-            return outputs(*args)[-1]
+            return outputs(*args, *([None] if len(args) == 2 else []))[-1]
         return func(*args, **(kwargs or {}))
 
 

@@ -90,12 +90,15 @@ class Weights(NamedTuple):
 
 def weights(log_w: Tensor, theta: Side, phi: Side) -> Weights:
     """Those of both sides' estimators for log-weights (S, B)."""
-    c, s = phi.phi(log_w)
-    of_prior = theta.prior(log_w) if theta.of_prior else ()
-    channels = Weights(theta.theta(log_w), c if phi.needs_path else None, s, *of_prior)
+    exact = log_w.double()
+    c, s = phi.phi(exact)
+    of_prior = theta.prior(exact) if theta.of_prior else ()
+    channels = Weights(theta.theta(exact), c if phi.needs_path else None, s, *of_prior)
+    used = torch.stack([w for w in channels if w is not None]) * (-1 / log_w.shape[1])
     # Below this a weight's products would be subnormal numbers, which take a CPU many times as long.
     nothing = 1e8 * torch.finfo(log_w.dtype).tiny
-    return channels.each(lambda w: F.hardshrink(w * (-1 / log_w.shape[1]), nothing))
+    of_each = iter(F.hardshrink(used.to(log_w.dtype), nothing).unbind())
+    return channels.each(lambda w: next(of_each))
 
 
 def loss(drawn: Draw, theta: Side, phi: Side) -> Tensor:
@@ -130,7 +133,7 @@ def descent(drawn: Draw, w: Weights) -> tuple[list[Tensor], list[tuple[Tensor, T
 def scalar(bound: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """-bound, to be minimised, with the gradient by each tensor that comes with it."""
     pairs = list(pairs)
-    return _Loss.apply(-bound, [g for _, g in pairs], *(tensor for tensor, _ in pairs))
+    return _Loss.apply(bound, [g for _, g in pairs], *(tensor for tensor, _ in pairs))
 
 
 def phi_gradients(drawn: Draw, sides: Sequence[Side], parameters: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -186,12 +189,12 @@ def dreams(model: Any, prior: Distribution, log_w: Tensor, M: int) -> Tensor:
 
 
 class _Loss(torch.autograd.Function):
-    """A scalar `value` whose gradient with respect to each of `tensors` is the one given."""
+    """The scalar -bound, whose gradient with respect to each of `tensors` is the one given."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, bound: Tensor, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return value.clone()
+        return -bound
 
     @staticmethod
     @no_second_derivative
@@ -310,16 +313,20 @@ def draw(
             does not reach, reentrant checkpointing, parameters that both networks own or use.
     """
     model = checked(network, y)
-    proof = _PROOFS[network].setdefault(_situation(model, x, samples, method, kl_weight), _Proof())
+    parameters = list(model.generative.parameters())
+    theta = [p for p in parameters if p.requires_grad]
+    frozen = tuple(not p.requires_grad for p in parameters)
+    weighted = kl_weight != 0.0  # at 0 a learnt prior has no gradient
+    autocast = torch.is_autocast_enabled(x.device.type)
+    proof = _proof(network, model.generative, method, samples, x.shape, weighted, autocast, frozen)
     proof.draws += 1
-    theta = trainable(model.generative)
     weighing = weighing_of(theta, x, samples, method)
 
     q = model.posterior(x) if q is None else q
     sampled = sample(model, q, x, samples, kl_weight, weighing)
     if proof.due:
         _check_apart(model, posterior=leaves(sampled.z, sampled.log_q), joint=leaves(sampled.log_p))
-    drawn = Draw(model, q, *sampled, theta, weighed(sampled.log_p, model.generative), weighing)
+    drawn = Draw(model, q, *sampled, theta, weighed(sampled.log_p, theta, model.generative), weighing)
     if proof.refuted:
         drawn.inside.clear()
     if proof.due:
@@ -339,13 +346,11 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
 
 
 def checked(network: Any, y: Tensor | None) -> Any:
-    """The model at labels y (B,), if any. Raises as `check_model` and `given`, and for BatchNorm in training mode."""
+    """The model at labels y (B,), if any. Raises as `check_model` and `given`."""
     if network not in _PROOFS:
         check_model(network)
         _PROOFS[network] = {}
-    model = given(network, y)
-    _check_independence(model.generative)
-    return model
+    return given(network, y)
 
 
 class Sampled(NamedTuple):
@@ -404,11 +409,13 @@ class _Proof:
 _PROOFS: WeakKeyDictionary[nn.Module, dict[tuple, _Proof]] = WeakKeyDictionary()
 
 
-def _situation(model: Any, x: Tensor, samples: int, method: Method, kl_weight: float) -> tuple:
-    modes = tuple(m.training for m in model.generative.modules())
-    trainable = tuple(p.requires_grad for p in model.generative.parameters())
-    weighted = 0.0 if kl_weight == 0.0 else 1.0  # at 0 a learnt prior has no gradient
-    return method, samples, weighted, tuple(x.shape), torch.is_autocast_enabled(x.device.type), modes, trainable
+def _proof(network: Any, generative: nn.Module, *situation: Any) -> _Proof:
+    """What the network's draws have shown in a situation and these modes. New ones are checked."""
+    key = *situation, *(m.training for m in generative.modules())
+    if key not in _PROOFS[network]:
+        check_independence(generative)
+        _PROOFS[network][key] = _Proof()
+    return _PROOFS[network][key]
 
 
 def _prove(drawn: Draw, generative: nn.Module, proof: _Proof) -> None:
@@ -472,7 +479,8 @@ def _check_apart(model: Any, posterior: set[Tensor], joint: set[Tensor]) -> None
             )
 
 
-def _check_independence(generative: nn.Module) -> None:
+def check_independence(generative: nn.Module) -> None:
+    """Raise ValueError for BatchNorm in training mode."""
     for name, module in generative.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(

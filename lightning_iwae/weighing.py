@@ -10,7 +10,7 @@ What the graph cannot show is whether a layer's rows are the samples in order; `
 comparing gradients.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -199,14 +199,14 @@ def leaves(*outputs: Tensor) -> set[Tensor]:
     return {following.variable for _, _, following in edges(*outputs) if hasattr(following, "variable")}
 
 
-def weighed(output: Tensor, module: nn.Module) -> set[nn.Parameter]:
-    """The parameters of `module` that `output` depends on only through weighed layers.
+def weighed(output: Tensor, theta: Sequence[nn.Parameter], module: nn.Module) -> set[nn.Parameter]:
+    """Those of theta, trainable parameters of `module`, that `output` depends on only through weighed layers.
 
     Raises:
-        ValueError: for a trainable parameter that `output` does not depend on at all, and for reentrant
-            checkpointing, through which no separate gradients can be taken.
+        ValueError: for a parameter that `output` does not depend on at all, and for reentrant checkpointing, through
+            which no separate gradients can be taken.
     """
-    names = {p: name for name, p in module.named_parameters() if p.requires_grad}
+    of_theta = set(theta)
     inside: set[nn.Parameter] = set()
     outside: set[nn.Parameter] = set()
     layers = (_Layers._backward_cls, _Convolution._backward_cls)  # type: ignore[attr-defined]
@@ -217,10 +217,10 @@ def weighed(output: Tensor, module: nn.Module) -> set[nn.Parameter]:
                 "torch.autograd.grad. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         parameter = getattr(following, "variable", None)
-        if parameter is not None and parameter in names:
+        if parameter is not None and parameter in of_theta:
             (inside if isinstance(node, layers) and slot > 0 else outside).add(parameter)
-    missing = [name for p, name in names.items() if p not in inside and p not in outside]
-    if missing:
+    if of_theta - inside - outside:
+        missing = [name for name, p in module.named_parameters() if p in of_theta - inside - outside]
         raise ValueError(
             f"log p(x, z) does not depend on the generative parameter(s) {', '.join(missing)}. If that is meant, "
             "freeze them with requires_grad_(False); if not, look for no_grad or detach on the way."

@@ -16,8 +16,7 @@ def normalised(log_w: Tensor, dim: int = 1) -> Tensor:
     Where every weight is zero (all -inf) none is preferred and the result is uniform, so that with a single
     particle the weight is 1 whatever its value, as the ELBO's is.
     """
-    nothing = log_w.amax(dim, keepdim=True) == -math.inf
-    return torch.softmax(log_w.masked_fill(nothing, 0.0), dim)
+    return torch.softmax(log_w.clamp(min=torch.finfo(log_w.dtype).min), dim)
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 1) -> Tensor:

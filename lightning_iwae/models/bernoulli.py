@@ -47,7 +47,7 @@ def _in_blocks(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tenso
     if logits.ndim == 1 or len(logits) <= rows:
         return _block(logits, x, y, delta), delta
     of_rows = [repeat(t) if t is None else t.expand_as(logits).split(rows) for t in (logits, x, y, delta)]
-    return torch.cat([_block(*block) for block in zip(*of_rows)]), delta  # type: ignore[arg-type]
+    return torch.cat([_block(*block) for block in zip(*of_rows, strict=False)]), delta  # type: ignore[arg-type]
 
 
 def _block(logits: Tensor, x: Tensor, y: Tensor | None, delta: Tensor | None) -> Tensor:

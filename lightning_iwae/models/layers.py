@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..matmul import tanh_mlp
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Layers(nn.Sequential):
@@ -28,7 +29,7 @@ class Layers(nn.Sequential):
     @property
     def numbered(self) -> list[Any]:
         """The layers, in order."""
-        return [layer for name, layer in self.named_children() if name.isdigit()]
+        return [layer for name, layer in self._modules.items() if name.isdigit()]
 
     @property
     def last(self) -> nn.Linear:
@@ -44,7 +45,7 @@ def is_tanh_mlp(layers: Sequence[Any]) -> bool:
         return False
     for i, layer in enumerate(layers):
         own = vars(layer)
-        if type(layer) is not (nn.Tanh if i % 2 else nn.Linear) or "forward" in own or any(own[hook] for hook in HOOKS):
+        if type(layer) is not (nn.Tanh if i % 2 else nn.Linear) or "forward" in own or any(HOOKS(own)):
             return False
     return True
 

@@ -53,11 +53,10 @@ class StandardNormal(DiagonalNormal):
         loc = self.base_dist.loc
         if value.dtype != loc.dtype or value.shape[-1:] != loc.shape:
             return super().log_prob(value)
-        normaliser = 0.5 * math.log(2 * math.pi) * len(loc)
         if under_torch_func():
-            return -0.5 * value.square().sum(-1) - normaliser
+            return -0.5 * value.square().sum(-1) - 0.5 * math.log(2 * math.pi) * len(loc)
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
-            return _HalfSquare.apply(value) - normaliser
+            return _StandardLogProb.apply(value)
 
 
 def standard_normal(latent: int, like: Tensor) -> StandardNormal:
@@ -71,13 +70,13 @@ def _standard_normal(latent: int, dtype: torch.dtype, device: torch.device) -> S
         return StandardNormal(latent, dtype, device)
 
 
-class _HalfSquare(torch.autograd.Function):
-    """-|z|^2 / 2 over the last axis."""
+class _StandardLogProb(torch.autograd.Function):
+    """-|z|^2 / 2 - Z / 2 log 2 pi over the last axis."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return torch.linalg.vector_norm(z, dim=-1).square_().mul_(-0.5)
+        return torch.linalg.vector_norm(z, dim=-1).square_().add_(math.log(2 * math.pi) * z.shape[-1]).mul_(-0.5)
 
     @staticmethod
     def backward(ctx: Any, seed: Tensor) -> Tensor:
@@ -93,7 +92,8 @@ class _LogProb(torch.autograd.Function):
         inverse = 1 / scale
         e = (value - loc).mul_(inverse)
         ctx.save_for_backward(value, loc, scale, inverse, e)
-        return torch.linalg.vector_norm(e, dim=-1).square_().mul_(-0.5).sub_(_log_normaliser(scale))
+        length = torch.linalg.vector_norm(e, dim=-1)
+        return torch.addcmul(-_log_normaliser(scale), length, length, value=-0.5)
 
     @staticmethod
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
