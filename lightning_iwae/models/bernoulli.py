@@ -56,8 +56,9 @@ def _block(logits: Tensor, x: Tensor, y: Tensor | None, delta: Tensor | None) ->
     e = full.exp()
     if delta is None or y is None:
         return _less_logs(full, x, e.add_(1)).sum(-1)
-    u = e + 1
-    torch.div(torch.addcmul(x, e, y, out=e), u, out=delta)
+    times_u = torch.addcmul(x, e, y, out=delta if delta.dtype == e.dtype else None)
+    u = e.add_(1)
+    torch.div(times_u, u, out=delta)
     return _less_logs(full, x, u).sum(-1)
 
 
