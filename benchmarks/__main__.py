@@ -4,6 +4,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 SECTIONS = {
@@ -19,9 +21,9 @@ SECTIONS = {
 ABOUT = f"""\
 Measures what lightning_iwae costs, and writes docs/performance.md.
 
-Ways of doing the same work take turns in one process; what counts is the ratio of their times, round by round. All
-of it takes about 12 minutes on two idle cores, --quick about three. `make bench` runs it in an environment of its
-own, with pythae and JAX; what is not installed is left out, and the page says so.
+Ways of doing the same work take turns in one process, a section's own; what counts is the ratio of their times, round
+by round. All of it takes about 20 minutes on two idle cores, --quick about three. `make bench` runs it in an
+environment of its own, with pythae and JAX; what is not installed is left out, and the page says so.
 
 sections:
 {chr(10).join(f"  {name:11} {what}" for name, what in SECTIONS.items())}
@@ -46,8 +48,9 @@ def main(words: list[str] | None = None) -> None:
         parser.error(f"--only must name some of {', '.join(SECTIONS)}. Got {', '.join(sorted(unknown))}.")
     if args.redraw and not (args.out / "performance.json").exists():
         parser.error(f"there is no {args.out / 'performance.json'} to redraw.")
-    for name in names:
-        keep(args.out, name, measured(name, args.quick))
+    for name in names:  # in a process of its own, lest one find the heap that another left
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            keep(args.out, name, process.submit(measured, name, args.quick).result())
     from . import page
 
     page.write(args.out)

@@ -22,7 +22,7 @@ class Plan:
         draws: of one measurement of the signal-to-noise ratio.
     """
 
-    seconds: float = 30
+    seconds: float = 60
     rounds: int = 7
     batches: tuple[int, ...] = (20, 128, 512)
     samples: int = 64

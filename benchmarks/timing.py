@@ -1,7 +1,8 @@
 """Ways of doing the same work, timed in turn, round after round, in one process.
 
 On a machine that others use too a time means little, but the ratio of two times from one round does. So every round
-times every way once, in an order of its own, and ratios are taken round by round.
+times every way once, in an order of its own, and ratios are taken round by round. As training repeats one step, the
+first call of a turn, which finds the caches full of another way's data, is not counted.
 """
 
 import random
@@ -26,10 +27,10 @@ class Spread(NamedTuple):
     high: float
 
 
-def measure(ways: Mapping[str, Step], seconds: float, least: int = 5, burst: float = 0.05) -> Times:
+def measure(ways: Mapping[str, Step], seconds: float, least: int = 5, burst: float = 0.1) -> Times:
     """Time all `ways` for about `seconds`, in at least so many rounds.
 
-    In a round each way is called as often as fills `burst` seconds; before the first, twice and then so often again.
+    In a round each way is called once, and then timed over as many calls as fill `burst` seconds.
     """
     calls = {}
     for name, step in ways.items():
@@ -41,6 +42,7 @@ def measure(ways: Mapping[str, Step], seconds: float, least: int = 5, burst: flo
     while rounds < least or time.perf_counter() - start < seconds:
         shuffle(order)
         for name in order:
+            ways[name]()
             times[name].append(timed(ways[name], calls[name]))
         rounds += 1
     return times
