@@ -6,6 +6,7 @@ take a tanh along, in float32 and bfloat16. Under `by_torch`, or after `torch.ba
 torch's.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -47,13 +48,11 @@ def tanh_mlp(h: Tensor, *parameters: Any) -> Tensor:
     return h
 
 
-def outputs(h: Tensor, *parameters: Any) -> list[Tensor]:
-    """What each layer of `tanh_mlp` gives, its tanh taken along. Leaves no graph."""
-    found = []
+def outputs(h: Tensor, *parameters: Any) -> Iterator[Tensor]:
+    """What each layer of `tanh_mlp` gives, its tanh taken along, one after another. Leaves no graph."""
     for i in range(0, len(parameters), 2):
         h = linear(h, parameters[i], parameters[i + 1], i + 2 < len(parameters))
-        found.append(h)
-    return found
+        yield h
 
 
 def parameter_gradients(delta: Tensor, h: Tensor, a: Tensor | None, bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -80,11 +79,12 @@ LAYERS: tuple[Callable, ...] = (F.linear, tanh_mlp)
 
 
 class Fast(TorchFunctionMode):
-    """While active, F.linear and `tanh_mlp` are `outputs` where no gradients are taken, as in an evaluation."""
+    """While active, F.linear and `tanh_mlp` are the last of `outputs` where no gradients are taken: in evaluations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LAYERS and not kwargs and not torch.is_grad_enabled() and not transformed():
-            return outputs(*args, *([None] if len(args) == 2 else []))[-1]
+            h, weight, *others = args
+            return deque(outputs(h, weight, *(others or [None])), maxlen=1).pop()
         return func(*args, **(kwargs or {}))
 
 

@@ -90,7 +90,7 @@ class Weights(NamedTuple):
 
 def weights(log_w: Tensor, theta: Side, phi: Side) -> Weights:
     """Those of both sides' estimators for log-weights (S, B)."""
-    exact = log_w.double()
+    exact = log_w.double()  # as every estimator takes them, to be rounded once
     c, s = phi.phi(exact)
     of_prior = theta.prior(exact) if theta.of_prior else ()
     channels = Weights(theta.theta(exact), c if phi.needs_path else None, s, *of_prior)
@@ -98,7 +98,7 @@ def weights(log_w: Tensor, theta: Side, phi: Side) -> Weights:
     # Below this a weight's products would be subnormal numbers, which take a CPU many times as long.
     nothing = 1e8 * torch.finfo(log_w.dtype).tiny
     of_each = iter(F.hardshrink(used.to(log_w.dtype), nothing).unbind())
-    return channels.each(lambda w: next(of_each))
+    return Weights(*(None if w is None else next(of_each) for w in channels))  # type: ignore[arg-type]
 
 
 def loss(drawn: Draw, theta: Side, phi: Side) -> Tensor:
@@ -217,7 +217,7 @@ def together(drawn: Draw, a: Tensor, c: Tensor | None) -> tuple[list[Tensor], Te
     """The same as `separate`, in one pass for z and for all parameters that are weighed inside their layers.
 
     The others (an observation scale, a learnt prior, layers of other kinds) take a pass of their own, which goes no
-    further back than they lie.
+    further back than the network they lie in.
     """
     inside = [p for p in drawn.theta if p in drawn.inside]
     outside = [p for p in drawn.theta if p not in drawn.inside]
@@ -315,10 +315,7 @@ def draw(
     model = checked(network, y)
     parameters = list(model.generative.parameters())
     theta = [p for p in parameters if p.requires_grad]
-    frozen = tuple(not p.requires_grad for p in parameters)
-    weighted = kl_weight != 0.0  # at 0 a learnt prior has no gradient
-    autocast = torch.is_autocast_enabled(x.device.type)
-    proof = _proof(network, model.generative, method, samples, x.shape, weighted, autocast, frozen)
+    proof = _PROOFS[network].setdefault(_situation(model, parameters, x, samples, method, kl_weight), _Proof())
     proof.draws += 1
     weighing = weighing_of(theta, x, samples, method)
 
@@ -409,13 +406,13 @@ class _Proof:
 _PROOFS: WeakKeyDictionary[nn.Module, dict[tuple, _Proof]] = WeakKeyDictionary()
 
 
-def _proof(network: Any, generative: nn.Module, *situation: Any) -> _Proof:
-    """What the network's draws have shown in a situation and these modes. New ones are checked."""
-    key = *situation, *(m.training for m in generative.modules())
-    if key not in _PROOFS[network]:
-        check_independence(generative)
-        _PROOFS[network][key] = _Proof()
-    return _PROOFS[network][key]
+def _situation(
+    model: Any, parameters: list[nn.Parameter], x: Tensor, samples: int, method: Method, kl_weight: float
+) -> tuple:
+    weighted = kl_weight != 0.0  # at 0 a learnt prior has no gradient
+    trained = tuple(p.requires_grad for p in parameters)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return method, samples, weighted, x.shape, autocast, modes(model.generative), trained
 
 
 def _prove(drawn: Draw, generative: nn.Module, proof: _Proof) -> None:
@@ -479,14 +476,17 @@ def _check_apart(model: Any, posterior: set[Tensor], joint: set[Tensor]) -> None
             )
 
 
-def check_independence(generative: nn.Module) -> None:
-    """Raise ValueError for BatchNorm in training mode."""
+def modes(generative: nn.Module) -> tuple[bool, ...]:
+    """Whether each of its modules is in training mode. Raises ValueError for BatchNorm that is."""
+    found = []
     for name, module in generative.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"BatchNorm in training mode in the generative network ({name}): it makes particles depend on each "
                 "other, so that L_K is no bound. Use eval mode, or LayerNorm."
             )
+        found.append(module.training)
+    return tuple(found)
 
 
 def _log_prob(p: Distribution, value: Tensor, what: str, shape: tuple[int, int]) -> Tensor:

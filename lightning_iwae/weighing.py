@@ -67,7 +67,7 @@ class Weighing(TorchFunctionMode):
     def gradients(
         self, delta: Tensor, h: Tensor, a: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Those of a layer's parameters, as far as they are wanted, for delta (N, out), h (N, in) and a (N, 1)."""
+        """A layer's, of those parameters that are wanted, for delta (N, out), h (N, in) and a (N, 1)."""
         if self.wanted.isdisjoint((weight, bias)):
             return _unwanted(weight), _unwanted(bias)
         of_weight, of_bias = parameter_gradients(delta, h.to(delta.dtype), a, bias is not None)
@@ -85,8 +85,8 @@ class Weighing(TorchFunctionMode):
             rows_are_samples, parameters = flat or (h.ndim > 2 and h.shape[:2] == self.shape), args[1:]
         else:
             rows_are_samples, parameters = flat and h.ndim == weight.ndim, args[1:3]
-        weighed = [p in self.theta for p in parameters if p is not None and p.requires_grad]
-        return rows_are_samples and any(weighed) and all(weighed)
+        trained = [p in self.theta for p in parameters if p is not None and p.requires_grad]  # among frozen ones
+        return rows_are_samples and any(trained) and all(trained)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -219,10 +219,10 @@ def weighed(output: Tensor, theta: Sequence[nn.Parameter], module: nn.Module) ->
         parameter = getattr(following, "variable", None)
         if parameter is not None and parameter in of_theta:
             (inside if isinstance(node, layers) and slot > 0 else outside).add(parameter)
-    if of_theta - inside - outside:
-        missing = [name for name, p in module.named_parameters() if p in of_theta - inside - outside]
+    if missing := of_theta - inside - outside:
+        names = [name for name, p in module.named_parameters() if p in missing]
         raise ValueError(
-            f"log p(x, z) does not depend on the generative parameter(s) {', '.join(missing)}. If that is meant, "
+            f"log p(x, z) does not depend on the generative parameter(s) {', '.join(names)}. If that is meant, "
             "freeze them with requires_grad_(False); if not, look for no_grad or detach on the way."
         )
     return inside - outside

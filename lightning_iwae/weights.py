@@ -16,7 +16,8 @@ def normalised(log_w: Tensor, dim: int = 1) -> Tensor:
     Where every weight is zero (all -inf) none is preferred and the result is uniform, so that with a single
     particle the weight is 1 whatever its value, as the ELBO's is.
     """
-    return torch.softmax(log_w.clamp(min=torch.finfo(log_w.dtype).min), dim)
+    least = torch.finfo(log_w.dtype).min  # softmax takes no -inf alone; of the least numbers each counts as much
+    return torch.softmax(log_w.clamp(min=least), dim)
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 1) -> Tensor:

@@ -38,6 +38,14 @@ def test_help_names_every_section_without_importing_torch():
     assert "argparse" in done.stderr and "torch" not in done.stderr
 
 
+def test_the_command_measures_in_a_process_of_its_own(tmp_path):
+    words = [sys.executable, "-m", "benchmarks", "--quick", "--only", "operations", "--out", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "operations: where the time of our step goes" in done.stdout
+    assert json.loads((tmp_path / "performance.json").read_text())["operations"]["quick"]
+
+
 @pytest.mark.parametrize("words", [["--only", "step,stpe"], ["--redraw", "--out", "nowhere"]])
 def test_a_mistake_is_refused(words, capsys):
     with pytest.raises(SystemExit) as stop:

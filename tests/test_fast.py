@@ -152,6 +152,9 @@ def test_logits_of_low_precision_are_summed_in_float32():
     torch.testing.assert_close(log_prob.double(), exact, rtol=1e-6, atol=1e-4)
     (gradient,) = torch.autograd.grad(log_prob.sum(), logits)
     assert gradient.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert BernoulliPixels(logits).log_prob(x.double()).dtype == torch.float32
+    assert BernoulliPixels(logits).log_prob(x.double()).dtype == torch.float32
     exact = x.double() - torch.sigmoid(logits.double())
     torch.testing.assert_close(gradient.double(), exact, rtol=2**-8, atol=1e-6)
 

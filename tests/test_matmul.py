@@ -10,8 +10,9 @@ from torch import nn
 from lightning_iwae import Side, iw_loss, matmul
 from lightning_iwae.evaluation import importance_sample
 from lightning_iwae.matmul import Fast, by_torch, linear, parameter_gradients
+from lightning_iwae.memory import Peak
 from lightning_iwae.models import MLP
-from lightning_iwae.models.layers import Layers, is_tanh_mlp
+from lightning_iwae.models.layers import Layers, is_tanh_mlp, tanh_layers
 from lightning_iwae.weighing import Weighing
 
 N, IN, OUT = 512, 60, 90
@@ -282,6 +283,32 @@ def test_layers_with_hooks_and_others_than_torchs_are_called_one_by_one(calls):
     changed = layers()
     torch.nn.utils.parametrizations.weight_norm(changed[0])
     assert not is_tanh_mlp(changed.numbered) and not is_tanh_mlp(model.numbered[1:])
+
+
+def test_a_layer_that_stands_twice_is_called_twice():
+    """nn.Module.named_children, for one, names it once."""
+    tanh, h = nn.Tanh(), tensors()[0]
+    first, second, last = nn.Linear(IN, OUT), nn.Linear(OUT, OUT), nn.Linear(OUT, 1)
+    once = Layers(first, tanh, second, tanh, last)
+    torch.testing.assert_close(once(h), last(tanh(second(tanh(first(h))))))
+    torch.testing.assert_close(Layers(first, second, second)(h), second(second(first(h))))
+
+
+def test_a_deep_evaluation_keeps_one_layers_output_at_a_time():
+    network, h = tanh_layers([IN] * 9), tensors()[0]
+    size = 4 * N * IN
+    with torch.no_grad(), Fast(), Peak() as peak:
+        network(h)
+    assert 2 * size <= peak.bytes <= 3 * size
+    with torch.no_grad(), Peak() as peak:
+        kept = [network[:i](h) for i in range(1, 17, 2)]
+    assert len(kept) == 8 and peak.bytes >= 8 * size
+
+
+def test_layers_are_compiled_whole():
+    network, h = layers(), tensors()[0]
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(h), network(h))
 
 
 @pytest.mark.parametrize("method", ["auto", "separate"])

@@ -1147,6 +1147,15 @@ def test_batchnorm_in_training_mode(method):
     refused(Toy(without_statistics.eval()), r"BatchNorm.*\(norm\)", method=method)
 
 
+def test_batchnorm_that_comes_later_is_refused_at_every_draw():
+    model = Toy(BatchNormed().eval())
+    for _ in range(4):  # past those that are compared
+        routing.draw(model, model.batch(), S)
+    model.generative.norm = nn.BatchNorm1d(6, track_running_stats=False).eval()  # the same modes, the same parameters
+    for _ in range(5):
+        refused(model, r"BatchNorm in training mode in the generative network \(norm\)")
+
+
 @both_methods
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("make", [HomeMadeNorm, Functional, Crowd], ids=lambda make: make.__name__)

@@ -6,7 +6,6 @@ Beside the matrix products this is where a step's time goes: a decoder puts out 
 import math
 import warnings
 from collections.abc import Callable
-from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -46,8 +45,12 @@ def _in_blocks(logits: Tensor, x: Tensor, gradient: bool) -> tuple[Tensor, Tenso
     rows = max(1, BLOCK // max(1, logits[:1].numel()))
     if logits.ndim == 1 or len(logits) <= rows:
         return _block(logits, x, y, delta), delta
-    of_rows = [repeat(t) if t is None else t.expand_as(logits).split(rows) for t in (logits, x, y, delta)]
-    return torch.cat([_block(*block) for block in zip(*of_rows, strict=False)]), delta  # type: ignore[arg-type]
+    log_prob = full_precision(logits[:0]).new_empty(logits.shape[:-1])
+    x, y = x.expand_as(logits), None if y is None else y.expand_as(logits)
+    for block in (slice(start, start + rows) for start in range(0, len(logits), rows)):
+        of_rows = (None, None) if y is None or delta is None else (y[block], delta[block])
+        log_prob[block] = _block(logits[block], x[block], *of_rows)
+    return log_prob, delta
 
 
 def _block(logits: Tensor, x: Tensor, y: Tensor | None, delta: Tensor | None) -> Tensor:
@@ -55,11 +58,11 @@ def _block(logits: Tensor, x: Tensor, y: Tensor | None, delta: Tensor | None) ->
     full = full_precision(logits)
     e = full.exp()
     if delta is None or y is None:
-        return _less_logs(full, x, e.add_(1)).sum(-1)
+        return _less_logs(full, x, e.add_(1)).sum(-1).to(full.dtype)
     times_u = torch.addcmul(x, e, y, out=delta if delta.dtype == e.dtype else None)
     u = e.add_(1)
     torch.div(times_u, u, out=delta)
-    return _less_logs(full, x, u).sum(-1)
+    return _less_logs(full, x, u).sum(-1).to(full.dtype)
 
 
 def _less_logs(logits: Tensor, x: Tensor, u: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..matmul import tanh_mlp
-
-HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Layers(nn.Sequential):
@@ -45,7 +42,9 @@ def is_tanh_mlp(layers: Sequence[Any]) -> bool:
         return False
     for i, layer in enumerate(layers):
         own = vars(layer)
-        if type(layer) is not (nn.Tanh if i % 2 else nn.Linear) or "forward" in own or any(HOOKS(own)):
+        if type(layer) is not (nn.Tanh if i % 2 else nn.Linear) or "forward" in own:
+            return False
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
     return True
 
