@@ -49,7 +49,7 @@ def point(work: Work, plan: Plan) -> dict:
     """Times of all ways at one batch size, and of the matrix products alone."""
     limit, bf16 = Limit(of_step(work)), Limit(of_step(work), torch.bfloat16)
     steps, skipped = made({name: partial(make, work) for name, make in MAKERS.items() if name != ways.CHUNKED})
-    settle(steps)
+    settle(steps, 64)
     steps |= {EACH: limit.each, BEST: limit.best, EACH_BF16: bf16.each}
     times = measure(steps, plan.seconds, plan.rounds)
     times[BEST] = [limit.scale * seconds for seconds in times[BEST]]
@@ -88,10 +88,13 @@ def in_chunks(plan: Plan) -> dict:
     return {"batch": batch, "times": measure(steps, plan.seconds, plan.rounds)}
 
 
-def settle(steps: Mapping[str, Step]) -> None:
-    """Go past draws 1, 2, 4 and 8 of our ways, whose gradients are checked both ways; the next is the 16th."""
+def settle(steps: Mapping[str, Step], draws: int = 8) -> None:
+    """Go past the first draws of our ways, of which the 1st, 2nd, 4th, 8th and so on are checked both ways.
+
+    In a training they are some twenty steps of a million; here, if each took its turn, every fifth.
+    """
     for name, step in steps.items():
-        for _ in range(8 if name in CHECKED else 0):
+        for _ in range(draws if name in CHECKED else 0):
             step()
 
 
