@@ -36,6 +36,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(matmul, "mkl_lags", lambda: True)
     monkeypatch.setattr(matmul, "LEAST", 1)
+    monkeypatch.setattr(matmul, "ROWS", 1)
     monkeypatch.setattr(matmul, "_layer", noted_layer)
     monkeypatch.setattr(matmul, "_product", noted_product)
     return made
@@ -188,6 +189,11 @@ def test_other_products_stay_torchs(calls, monkeypatch):
     linear(h, weight, b)
     parameter_gradients(delta, h, a)
     monkeypatch.setattr(matmul, "LEAST", N * IN * OUT)
+    monkeypatch.setattr(matmul, "ROWS", N + 1)
+    linear(h, weight, b)
+    linear(h.view(8, -1, IN), weight, b)
+    parameter_gradients(delta, h, a)
+    monkeypatch.setattr(matmul, "ROWS", N)
     assert not calls
     linear(h, weight, b)
     assert len(calls) == 1
