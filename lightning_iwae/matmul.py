@@ -23,7 +23,7 @@ from .derivatives import under_torch_func
 
 CPU = Path("/proc/cpuinfo")
 LEAST = 2**21  # multiplications, of which smaller products are left to torch: oneDNN takes longer to start
-ROWS = 128  # of data, with fewer of which it does too, within a step: at K = 1 and batch 20 that took 1.18 times as long
+ROWS = 128  # of data, with fewer of which it does so within a step: at K = 1 and batch 20 that took 1.18 times as long
 
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = False) -> Tensor:
