@@ -91,7 +91,7 @@ def in_chunks(plan: Plan) -> dict:
 def settle(steps: Mapping[str, Step], draws: int = 8) -> None:
     """Go past the first draws of our ways, of which the 1st, 2nd, 4th, 8th and so on are checked both ways.
 
-    In a training they are some twenty steps of a million; here, if each took its turn, every fifth.
+    In a training of a million steps they are twenty; here one round in five would have one.
     """
     for name, step in steps.items():
         for _ in range(draws if name in CHECKED else 0):

@@ -30,7 +30,8 @@ class Spread(NamedTuple):
 def measure(ways: Mapping[str, Step], seconds: float, least: int = 5, burst: float = 0.1) -> Times:
     """Time all `ways` for about `seconds`, in at least so many rounds.
 
-    In a round each way is called once, and then timed over as many calls as fill `burst` seconds.
+    In a round each way is called once, and then timed over as many calls as fill `burst` seconds; before the first
+    round, three times.
     """
     calls = {}
     for name, step in ways.items():
