@@ -6,12 +6,13 @@ How little may lie between torch's operations: a plain rewriting, no lower bound
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_iwae.matmul import linear, parameter_gradients
+from lightning_iwae.matmul import linear, outputs, parameter_gradients
 from lightning_iwae.models import MLP
 from lightning_iwae.models.bernoulli import Compiled, Kernel, eager
 
@@ -104,11 +105,8 @@ def log_px(model: MLP, x: Tensor, particles: int, held: int, slices: int) -> Ten
 
 def forward(layers: Layers, h: Tensor) -> tuple[list[Tensor], Tensor]:
     """Each layer's input, and what the last one gives."""
-    inputs = [h]
-    for weight, bias in layers[:-1]:
-        inputs.append(linear(inputs[-1], weight, bias, tanh=True))
-    weight, bias = layers[-1]
-    return inputs, linear(inputs[-1], weight, bias)
+    *inner, last = outputs(h, *chain.from_iterable(layers))
+    return [h, *inner], last
 
 
 def backward(layers: Layers, inputs: list[Tensor], delta: Tensor, a: Tensor | None) -> tuple[list[Tensor], Tensor]:
