@@ -139,7 +139,7 @@ def in_slices(
 ) -> Slices:
     """`draw` in slices, be it only one."""
     model = routing.checked(network, y)
-    routing.modes(model.generative)
+    routing.modes(model.generative)  # which are refused where samples would depend on each other
     q = model.posterior(x) if q is None else q
     starts, theta = range(0, samples, chunk), trainable(model.generative)
     with torch.no_grad():

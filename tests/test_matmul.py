@@ -288,7 +288,7 @@ def test_layers_with_hooks_and_others_than_torchs_are_called_one_by_one(calls):
     assert not is_tanh_mlp(model.numbered)
     changed = layers()
     torch.nn.utils.parametrizations.weight_norm(changed[0])
-    assert not is_tanh_mlp(changed.numbered) and not is_tanh_mlp(model.numbered[1:])
+    assert not is_tanh_mlp(changed.numbered) and not is_tanh_mlp(changed.numbered[1:])
 
 
 def test_a_layer_that_stands_twice_is_called_twice():

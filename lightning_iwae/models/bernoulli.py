@@ -58,10 +58,11 @@ def _block(logits: Tensor, x: Tensor, y: Tensor | None, delta: Tensor | None) ->
     full = full_precision(logits)
     e = full.exp()
     if delta is None or y is None:
-        return _less_logs(full, x, e.add_(1)).sum(-1).to(full.dtype)
-    times_u = torch.addcmul(x, e, y, out=delta if delta.dtype == e.dtype else None)
-    u = e.add_(1)
-    torch.div(times_u, u, out=delta)
+        u = e.add_(1)
+    else:
+        times_u = torch.addcmul(x, e, y, out=delta if delta.dtype == e.dtype else None)
+        u = e.add_(1)
+        torch.div(times_u, u, out=delta)
     return _less_logs(full, x, u).sum(-1).to(full.dtype)
 
 
